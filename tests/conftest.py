@@ -20,6 +20,7 @@
 * `spawned(upstream_url, **changes)`: the same as a process of its own, `python -m chatproxy`, for signals, exit codes
   and memory: also `.pid`, `.process`, `.stderr` (so far), `await .exit_code(within)`. Killed at the end if need be.
 * `environment(upstream_url, **changes)`: the variables that both are given.
+* `refusal(response)`, `failure(event, response)`: the error of an answer, of an `event: error`; checked to be whole.
 
 Unless changed: a key, no retries other than the defaults, HOST=127.0.0.1, and a port that is free.
 With REQUIRE_ALL=1 a skipped test is a failed one.
@@ -34,6 +35,7 @@ import sys
 from collections.abc import AsyncIterator, Generator, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -58,6 +60,29 @@ def environment(upstream_url: str, **changes: object) -> dict[str, str]:
         for name, value in values.items()
         if value is not None
     }
+
+
+def refusal(response: httpx.Response) -> dict[str, Any]:
+    """The error that an answer consists of. It has all the fields of C1 and the request's id."""
+    assert response.headers["Content-Type"] == "application/json"
+    return _problem(response.content, response)
+
+
+def failure(event: readers.Event, response: httpx.Response) -> dict[str, Any]:
+    """The error that an `event: error` of this answer holds."""
+    assert event.type == "error"
+    return _problem(event.data, response)
+
+
+def _problem(data: str | bytes, response: httpx.Response) -> dict[str, Any]:
+    body = json.loads(data)
+    assert list(body) == ["error"]
+    problem: dict[str, Any] = body["error"]
+    assert set(problem) == {"type", "code", "message", "param", "request_id"}
+    assert problem["type"]
+    assert problem["message"].endswith(".")
+    assert problem["request_id"] == response.headers["X-Request-ID"]
+    return problem
 
 
 class Live:
@@ -315,7 +340,8 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-def _required(report: pytest.TestReport | pytest.CollectReport) -> None:
+def required(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Turn a skip into a failure where REQUIRE_ALL=1 says that nothing may be missing."""
     if report.skipped and os.environ.get("REQUIRE_ALL") == "1" and not hasattr(report, "wasxfail"):
         report.outcome = "failed"
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
@@ -325,12 +351,12 @@ def _required(report: pytest.TestReport | pytest.CollectReport) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    _required(report)
+    required(report)
     return report
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
     report = yield
-    _required(report)
+    required(report)
     return report

@@ -197,9 +197,9 @@ def stream(
 
 
 def error(status: int, body: object, headers: Mapping[str, str] | None = None) -> list[Step]:
-    """A whole answer that is no stream. A string is sent as HTML, bytes as they are, everything else as JSON."""
+    """A whole answer that is no stream: a string is sent as HTML, bytes as they are, anything else as JSON."""
     if isinstance(body, bytes):
-        kind, data = "application/octet-stream", body
+        kind, data = "application/json", body
     elif isinstance(body, str):
         kind, data = "text/html; charset=UTF-8", body.encode()
     else:
