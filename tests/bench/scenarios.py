@@ -1,0 +1,207 @@
+"""The situations that are measured, each for one proxy at a time."""
+
+import asyncio
+import random
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from statistics import median
+from time import monotonic
+
+from tests.bench.load import Caller, connect, leave
+from tests.bench.processes import Target
+from tests.bench.script import FRAME_END, check
+
+# More tokens than a scenario that ends by our leaving will ever see.
+ENDLESS = 1_000_000
+
+Values = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Lab:
+    """What there is to measure with."""
+
+    upstream: Target
+    targets: dict[str, Target]
+    fresh: Callable[[str], AbstractContextManager[Target]]
+    window: float  # seconds that a steady load is looked at
+    few: int  # repetitions of what takes milliseconds
+
+
+Scenario = Callable[[Lab, str], Coroutine[None, None, Values]]
+
+
+async def exactness(target: Target) -> int:
+    """Check whole answers, alone and many at once, slow and fast, on new and on used connections."""
+    callers = [await connect(target) for _ in range(20)]
+    total = 0
+    for tokens, rate in ((1, 0), (10, 0), (300, 300), (5000, 0)):
+        await asyncio.gather(*(caller.play(tokens, rate, monotonic()) for caller in callers))
+        total += sum(caller.check() for caller in callers)
+    leave(callers)
+    return total
+
+
+async def steady(target: Target, streams: int, rate: float, window: float) -> tuple[float, float]:
+    """CPU microseconds per token, and by how many milliseconds the latest percent is late."""
+    begin, phase = monotonic() + 0.3 + streams / 1000, random.Random(streams)  # noqa: S311 -- the same for every proxy
+    callers = []
+    for _ in range(streams):
+        caller = await connect(target)
+        caller.play(ENDLESS, rate, begin + phase.random() / rate)
+        callers.append(caller)
+    for caller in callers:
+        await caller.begun()
+    await asyncio.sleep(0.3)
+
+    before, since, seen = target.cpu(), monotonic(), count(callers)
+    await asyncio.sleep(window)
+    used, until, tokens = target.cpu() - before, monotonic(), count(callers) - seen
+    leave(callers)
+
+    for caller in callers:
+        caller.check()
+    late = sorted(seconds for caller in callers for seconds in caller.lateness(since, until))
+    return used / tokens * 1e6, late[len(late) * 99 // 100] * 1e3
+
+
+def count(callers: list[Caller]) -> int:
+    """The tokens they have received so far."""
+    return sum(caller.received.count(FRAME_END) for caller in callers)
+
+
+async def light(lab: Lab, name: str) -> Values:
+    """10 streams of 50 tokens a second."""
+    cost, _ = await steady(lab.targets[name], 10, 50, lab.window)
+    return {"light": cost}
+
+
+async def paced(lab: Lab, name: str) -> Values:
+    """100 streams of 50 tokens a second."""
+    cost, _ = await steady(lab.targets[name], 100, 50, lab.window)
+    return {"paced": cost}
+
+
+async def thousand(lab: Lab, name: str) -> Values:
+    """1,000 streams of 20 tokens a second: is a core enough?"""
+    _, late = await steady(lab.targets[name], 1000, 20, lab.window)
+    return {"late": late}
+
+
+async def flood(lab: Lab, name: str) -> Values:
+    """8 streams as fast as they go, up to 10,000 tokens each."""
+    target = lab.targets[name]
+    callers = [await connect(target) for _ in range(8)]
+    before = target.cpu()
+    ends = [caller.play(10_000) for caller in callers]
+    await asyncio.wait(ends, timeout=lab.window)
+    used = target.cpu() - before
+    leave(callers)
+    return {"flood": used / sum(caller.check() for caller in callers) * 1e6}
+
+
+async def short(lab: Lab, name: str) -> Values:
+    """One answer of 10 tokens after the other on a connection kept alive: nothing is shared between them."""
+    return {"short": await repeated(lab.targets[name], 1, lab.window)}
+
+
+async def busy(lab: Lab, name: str) -> Values:
+    """The same on 16 connections: the proxy has no rest, and does much in one go."""
+    return {"busy": await repeated(lab.targets[name], 16, lab.window)}
+
+
+async def repeated(target: Target, connections: int, window: float) -> float:
+    """CPU microseconds per answer of 10 tokens."""
+    callers = [await connect(target) for _ in range(connections)]
+    await asyncio.gather(*(caller.play(10) for caller in callers))
+    answers: list[bytearray] = []
+    before, until = target.cpu(), monotonic() + window
+
+    async def repeat(caller: Caller) -> None:
+        while monotonic() < until:
+            await caller.play(10)
+            answers.append(caller.received)
+
+    await asyncio.gather(*map(repeat, callers))
+    used = target.cpu() - before
+    leave(callers)
+    for answer in set(map(bytes, answers)):
+        check(answer, raw=target.raw, tokens=10)
+    return used / len(answers) * 1e6
+
+
+async def first_token(lab: Lab, name: str) -> Values:
+    """One answer at a time on one connection: what the proxy adds to the wait for the first token."""
+    return {"first": (await first(lab.targets[name], lab.few) - await first(lab.upstream, lab.few)) * 1e3}
+
+
+async def first(target: Target, times: int) -> float:
+    """The median time to the first token, in seconds."""
+    caller = await connect(target)
+    waits = []
+    for _ in range(times):
+        await caller.play(2, 200, monotonic())
+        caller.check()
+        waits.append(caller.arrived()[0] - caller.asked)
+    leave([caller])
+    return median(waits)
+
+
+async def leaving(lab: Lab, name: str) -> Values:
+    """A caller leaves in silence, long before the next token: how soon upstream knows."""
+    watcher = await connect(lab.upstream)
+    waits = []
+    for _ in range(lab.few):
+        caller = await connect(lab.targets[name])
+        caller.play(2, 0.01, monotonic())
+        await caller.begun()
+        seen = watcher.ask("GET /hang-up")
+        await asyncio.sleep(0.01)
+        left = monotonic()
+        leave([caller])
+        await seen
+        waits.append(float(watcher.body()) - left)
+    leave([watcher])
+    return {"leave": median(waits) * 1e3}
+
+
+async def start(lab: Lab, name: str) -> Values:
+    """From the start of the process to the first 200 on /healthz."""
+    with lab.fresh(name) as target:
+        return {"start": target.start_ms}
+
+
+async def memory(lab: Lab, name: str) -> Values:
+    """A new process after a few answers, and with 1,000 streams open of a token a second each."""
+    with lab.fresh(name) as target:
+        callers = [await connect(target) for _ in range(10)]
+        await asyncio.gather(*(caller.play(10) for caller in callers))
+        leave(callers)
+        rest = target.resident()
+        callers, begin = [], monotonic() + 1
+        for number in range(1000):
+            callers.append(await connect(target))
+            callers[-1].play(ENDLESS, 1, begin + number / 1000)
+        for caller in callers:
+            await caller.begun()
+        await asyncio.sleep(1)
+        grown = target.resident() - rest
+        leave(callers)
+        for caller in callers:
+            caller.check()
+    return {"rest": rest / 2**20, "stream": grown / 1000 / 2**10}
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "light": light,
+    "paced": paced,
+    "flood": flood,
+    "short": short,
+    "busy": busy,
+    "first": first_token,
+    "memory": memory,
+    "start": start,
+    "leave": leaving,
+    "thousand": thousand,
+}
