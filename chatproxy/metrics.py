@@ -1,0 +1,59 @@
+"""The counters and histograms, named once. Does not know who counts.
+
+Their labels are routes, statuses and codes of our own; nothing a caller sends becomes one.
+"""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_FAST = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_SLOW = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
+
+
+class Metrics:
+    """One set for each application, so that two of them in one process do not count together."""
+
+    def __init__(self) -> None:
+        registry = self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "chatproxy_requests", "Requests answered, by route and status.", ["route", "status"], registry=registry
+        )
+        self.streams_in_flight = Gauge(
+            "chatproxy_streams_in_flight", "Answers that Grok is giving right now.", registry=registry
+        )
+        self.time_to_first_token = Histogram(
+            "chatproxy_time_to_first_token_seconds",
+            "From the request to the first text of the answer.",
+            registry=registry,
+            buckets=_SLOW,
+        )
+        self.overhead = Histogram(
+            "chatproxy_overhead_seconds",
+            "From a read of Grok's stream to the end of our write; of each stream the first and every 64th.",
+            registry=registry,
+            buckets=_FAST,
+        )
+        self.deltas = Counter(
+            "chatproxy_deltas", "Content deltas received, counted when a stream ends.", registry=registry
+        )
+        self.tokens = Counter("chatproxy_tokens", "Tokens as Grok counts them.", ["kind"], registry=registry)
+        self.stream_ends = Counter(
+            "chatproxy_stream_ends", "Ends of answers, by kind and code.", ["end", "code"], registry=registry
+        )
+        self.upstream_failures = Counter(
+            "chatproxy_upstream_failures", "Failures of Grok, retried ones included.", ["code"], registry=registry
+        )
+        self.unread_deltas = Counter(
+            "chatproxy_unread_deltas", "Deltas received (and paid) that nobody ever read.", registry=registry
+        )
+        self.hang_up = Histogram(
+            "chatproxy_hang_up_seconds",
+            "From the caller's leaving to the closing of Grok's stream.",
+            registry=registry,
+            buckets=_FAST,
+        )
+
+    def render(self) -> bytes:
+        """All of them in Prometheus' text format."""
+        return generate_latest(self._registry)

@@ -1,0 +1,1 @@
+"""What the service does, without knowing that browsers or HTTP servers exist."""

@@ -1,0 +1,446 @@
+"""The only conversation with xAI: request, retries, clocks and failures; bytes become chunks.
+
+Does not know ASGI, browsers, or which events they get. What is said here about Grok's wire comes
+from xAI's documentation and from recorded answers.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import math
+import random
+import re
+import time
+from collections.abc import AsyncGenerator
+from itertools import count
+from types import TracebackType
+from typing import NoReturn, Self
+from urllib.request import getproxies, proxy_bypass
+
+import httpx
+
+from chatproxy import sse
+from chatproxy.config import Settings
+from chatproxy.errors import (
+    Busy,
+    ChatError,
+    ConnectTimeout,
+    ContentPolicy,
+    ContextLengthExceeded,
+    FirstTokenTimeout,
+    IdleTimeout,
+    RateLimited,
+    StreamTimeout,
+    UpstreamAuth,
+    UpstreamCutOff,
+    UpstreamFailed,
+    UpstreamOverloaded,
+    UpstreamRateLimited,
+    UpstreamRejected,
+    UpstreamUnreachable,
+)
+from chatproxy.interrupt import Interruptible
+from chatproxy.metrics import Metrics
+from chatproxy.schemas import (
+    Chat,
+    Chunk,
+    CompletionRequest,
+    Message,
+    decode_chunk,
+    decode_key_state,
+    decode_refusal,
+    encode,
+)
+from chatproxy.services.transport import Transport
+
+log = logging.getLogger(__name__)
+
+# Usage and `[DONE]` follow the finish reason at once; a Grok that has finished is not waited for.
+FINISH_GRACE = 1.0
+
+# How much of an upstream error is read, and for how long.
+MAX_ERROR_BYTES = 65_536
+ERROR_TIMEOUT = 5.0
+
+# A Retry-After above this is the caller's to wait for, not ours; xAI's own client caps it at 120.
+MAX_RETRY_WAIT = 5
+MAX_RETRY_AFTER = 120
+
+# A new TLS connection costs the next chat two round trips, so idle ones are kept for minutes.
+KEEP_CONNECTION = 300.0
+
+KEY_CHECK_TIMEOUT = 5.0
+KEY_CHECK_INTERVAL = 60.0
+
+
+class Grok:
+    """The shared part: HTTP client, running answers, what is known of key and rate limit.
+
+    One for each event loop. `base_url` is xAI's API, or what speaks like it.
+    """
+
+    def __init__(self, settings: Settings, base_url: str, metrics: Metrics) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        self.running: set[Completion] = set()
+        self.key_usable = True
+        self.rate_limited_until = 0.0  # on the loop's clock
+        self._base_url = base_url
+        self._client = _client(settings, base_url)
+
+    def stream(self, chat: Chat, *, client: str | None = None, traceparent: str | None = None) -> "Completion":
+        """Grok's answer to `chat`: enter it, then iterate. `client` is only noted, as the one it is for."""
+        return Completion(self, chat, client, traceparent)
+
+    async def send(self, chat: Chat, traceparent: str | None) -> httpx.Response:
+        """Ask once. The answer's body is still to be read."""
+        settings = self.settings
+        messages = chat.messages
+        if settings.system_prompt:
+            messages = [Message("system", settings.system_prompt), *messages]
+        headers = {"Accept": "text/event-stream", "Content-Type": "application/json"}
+        if chat.sessionId is not None:
+            # A digest, so that any id fits into a header; keyed, so that it says nothing to others.
+            key = hashlib.sha256((settings.grok_api_key or "").encode()).digest()
+            headers["x-grok-conv-id"] = hashlib.blake2b(chat.sessionId.encode(), digest_size=16, key=key).hexdigest()
+        if traceparent is not None:
+            headers["traceparent"] = traceparent
+        body = CompletionRequest(
+            settings.grok_model, messages, True, {"include_usage": True}, settings.grok_reasoning_effort
+        )
+        request = self._client.build_request(
+            "POST", f"{self._base_url}/chat/completions", content=encode(body), headers=headers
+        )
+        return await self._client.send(request, stream=True)
+
+    async def watch_key(self) -> None:
+        """Find out early that the key is unusable, and then when it is usable again. Costs no tokens."""
+        while not await self._check_key():
+            log.error("GROK_API_KEY: Grok does not accept this key, or it is blocked or disabled")
+            await asyncio.sleep(KEY_CHECK_INTERVAL)
+
+    async def _check_key(self) -> bool:
+        self.key_usable = True  # also for every answer that is unclear
+        try:
+            response = await self._client.get(f"{self._base_url}/api-key", timeout=KEY_CHECK_TIMEOUT)
+            if response.status_code == 200:
+                state = decode_key_state(response.content)
+                self.key_usable = not (state.team_blocked or state.api_key_blocked or state.api_key_disabled)
+            else:
+                self.key_usable = not 400 <= response.status_code <= 403
+        except (httpx.HTTPError, ValueError) as error:
+            log.info("the API key could not be checked: %s", type(error).__name__)
+        return self.key_usable
+
+    def failed(self, error: ChatError, detail: str) -> ChatError:
+        """Note an upstream failure for the operator. `detail` holds no content."""
+        self.metrics.upstream_failures.labels(error.code).inc()
+        if isinstance(error, UpstreamAuth):
+            log.error("upstream_auth: check GROK_API_KEY and the credits of its team (%s)", detail)
+        else:
+            log.warning("%s: %s", error.code, detail)
+        return error
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+
+class Completion(Interruptible):
+    """One answer of Grok: an asynchronous context manager, and inside it an iterator of chunks.
+
+    Being inside means that Grok's first chunk is here. Each step gives the chunks of one read;
+    the iteration ends when Grok says `[DONE]`, and any other end is raised as a ChatError, after
+    all chunks before it were given.
+    """
+
+    def __init__(self, grok: Grok, chat: Chat, client: str | None, traceparent: str | None) -> None:
+        super().__init__()
+        self.client = client
+        self.read_at = 0.0  # when the last chunks came (perf_counter)
+        self._grok = grok
+        self._chat = chat
+        self._traceparent = traceparent
+        self._loop = asyncio.get_running_loop()
+        self._response: httpx.Response | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._idle_timeout = grok.settings.idle_timeout
+        self._waiting_since: float | None = None
+        self._first: list[Chunk] = []
+        self._end: Exception | None = None  # what comes after the chunks that were given
+
+    async def __aenter__(self) -> Self:
+        """Ask, with retries, and wait for the first chunk. Raises ChatError."""
+        grok = self._grok
+        if len(grok.running) >= grok.settings.max_streams:
+            raise Busy
+        limit = grok.settings.max_streams_per_client
+        if limit is not None and sum(other.client == self.client for other in grok.running) >= limit:
+            raise RateLimited
+        grok.running.add(self)
+        self._asked_at = self._loop.time()
+        self._deadline = self._asked_at + grok.settings.stream_timeout
+        try:
+            with self:
+                try:
+                    async with asyncio.timeout_at(self._deadline):
+                        await self._open()
+                except TimeoutError:
+                    raise StreamTimeout from None
+        except BaseException:
+            await self._leave()
+            raise
+        self._tick()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        """Hang up; but after Grok's `[DONE]` read to the end of the body, so that the connection is kept."""
+        try:
+            if kind is None and isinstance(self._end, StopAsyncIteration):
+                with contextlib.suppress(httpx.TransportError, TimeoutError):
+                    async with asyncio.timeout(FINISH_GRACE):
+                        async for _ in self._pieces:
+                            pass
+        finally:
+            await self._leave()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> list[Chunk]:
+        chunks = self._first
+        if chunks:
+            self._first = []
+            return chunks
+        if self._end is None:
+            self._waiting_since = self._loop.time()
+            try:
+                with self:
+                    chunks = await self._read()
+            except (httpx.TransportError, StopAsyncIteration) as error:
+                self._end = self._grok.failed(UpstreamCutOff(), type(error).__name__)
+            finally:
+                self._waiting_since = None
+            self.read_at = time.perf_counter()
+        if not chunks:
+            assert self._end is not None
+            raise self._end
+        return chunks
+
+    def finish(self) -> None:
+        """Grok has given its finish reason: it may be silent for FINISH_GRACE now, and no longer."""
+        if self._end is None:
+            self._idle_timeout = FINISH_GRACE
+            self._tick()
+
+    def _tick(self) -> None:
+        """The idle clock and the stream clock: one timer, set anew only when it fires."""
+        if self._timer is not None:
+            self._timer.cancel()
+        now = self._loop.time()
+        # While a slow reader keeps us from reading, the idle clock stands still.
+        idle_at = (now if self._waiting_since is None else self._waiting_since) + self._idle_timeout
+        if now >= self._deadline:
+            self.interrupt(StreamTimeout())
+        elif now >= idle_at:
+            self.interrupt(IdleTimeout())
+        else:
+            self._timer = self._loop.call_at(min(idle_at, self._deadline), self._tick)
+
+    async def _open(self) -> None:
+        settings = self._grok.settings
+        for attempt in count():
+            try:
+                clock = asyncio.timeout(settings.first_token_timeout)
+                async with clock:
+                    await self._try()
+                return
+            except TimeoutError:
+                if clock.expired():
+                    raise self._grok.failed(FirstTokenTimeout(), "no chunk in time") from None
+                raise  # the stream clock's
+            except _Retryable as failure:
+                await self._close()
+                # Exponential with jitter, the first wait at most half a second.
+                wait = random.uniform(0.1, 0.5) * 2**attempt if failure.after is None else failure.after + 0.05
+                late = self._loop.time() + wait > self._asked_at + settings.first_token_timeout
+                if attempt == settings.grok_retries or wait > MAX_RETRY_WAIT or late:
+                    raise failure.error from None
+            await asyncio.sleep(wait)
+
+    async def _try(self) -> None:
+        """One request, up to its first chunk. Raises ChatError or _Retryable."""
+        grok = self._grok
+        if (wait := grok.rate_limited_until - self._loop.time()) > 0:
+            raise UpstreamRateLimited(retry_after=math.ceil(wait))
+        self._decoder = sse.Decoder()
+        try:
+            self._response = await grok.send(self._chat, self._traceparent)
+            self._pieces = _pieces(self._response)
+            content_type = self._response.headers.get("content-type", "")
+            if self._response.status_code != 200 or not content_type.startswith("text/event-stream"):
+                await self._refuse(self._response)
+            self._first = await self._read()
+        except httpx.ConnectTimeout:
+            raise _Retryable(grok.failed(ConnectTimeout(), "no connection in time")) from None
+        except httpx.ConnectError as error:
+            raise _Retryable(grok.failed(UpstreamUnreachable(), _root_cause(error))) from None
+        except httpx.TransportError as error:
+            raise _Retryable(grok.failed(UpstreamFailed(), type(error).__name__)) from None
+        except StopAsyncIteration:
+            raise grok.failed(UpstreamFailed(), "ended before the first chunk") from None
+        self.read_at = time.perf_counter()
+        if isinstance(self._end, StopAsyncIteration) and not self._first:
+            raise grok.failed(UpstreamFailed(), "[DONE] before the first chunk")
+        if self._end is not None and not self._first:
+            raise self._end
+
+    async def _read(self) -> list[Chunk]:
+        """The chunks of the next read that holds any; none only if `_end` is known."""
+        chunks: list[Chunk] = []
+        while not chunks and self._end is None:
+            chunks = self._decode(await anext(self._pieces))
+        return chunks
+
+    def _decode(self, piece: bytes) -> list[Chunk]:
+        """The chunks that are complete now. What ends the answer after them is kept in `_end`."""
+        chunks: list[Chunk] = []
+        try:
+            for data in self._decoder.feed(piece):
+                if data == b"[DONE]":
+                    self._end = StopAsyncIteration()
+                    break
+                chunk = decode_chunk(data)
+                if chunk.error is not None or (chunk.choices is None and not chunk.usage):
+                    self._end = self._grok.failed(UpstreamFailed(), self._describe(200, data))
+                    break
+                chunks.append(chunk)
+        except (ValueError, RecursionError):  # sse.TooLong, msgspec.DecodeError, UnicodeDecodeError
+            self._end = self._grok.failed(UpstreamFailed(), f"malformed frame, in a read of {len(piece)} bytes")
+        return chunks
+
+    async def _refuse(self, response: httpx.Response) -> NoReturn:
+        """Turn an answer that is no event stream into its error."""
+        body = b""
+        with contextlib.suppress(httpx.TransportError, TimeoutError):
+            async with asyncio.timeout(ERROR_TIMEOUT):
+                async for piece in self._pieces:
+                    body += piece[:MAX_ERROR_BYTES]
+                    if len(body) > MAX_ERROR_BYTES:
+                        break
+        status = response.status_code
+        error = _classify(status, _read_refusal(body)[1].lower())
+        after: int | None = None
+        if isinstance(error, UpstreamRateLimited | UpstreamOverloaded):
+            if re.fullmatch(r"\d{1,9}", asked := response.headers.get("retry-after", "")):
+                error.retry_after = after = max(1, min(int(asked), MAX_RETRY_AFTER))
+            if isinstance(error, UpstreamRateLimited) and after is not None:
+                self._grok.rate_limited_until = self._loop.time() + after
+        self._grok.failed(error, self._describe(status, body))
+        # 525 and 526: TLS trouble between Cloudflare and xAI, which no retry mends.
+        if isinstance(error, UpstreamRateLimited) or (status >= 500 and status not in (525, 526)):
+            raise _Retryable(error, after)
+        raise error
+
+    def _describe(self, status: int, body: bytes) -> str:
+        """An upstream error for the log: no keys, ids or addresses, and no word of the conversation."""
+        code, text = _read_refusal(body)
+        text = text.replace(self._grok.settings.grok_api_key or "xai-", "xai-")
+        spoken = {word for message in self._chat.messages for word in _WORD.findall(message.content)}
+        text = _WORD.sub(lambda word: "…" if word[0] in spoken else word[0], _PRIVATE.sub("…", text))
+        return f"status {status}, code {code!r}, {len(body)} bytes: {text[:200]!r}"
+
+    async def _close(self) -> None:
+        if self._response is not None:
+            response, self._response = self._response, None
+            await self._pieces.aclose()
+            await response.aclose()
+
+    async def _leave(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._grok.running.discard(self)
+        # A second cancellation must not leave the connection open.
+        await asyncio.shield(self._close())
+
+
+class _Retryable(Exception):
+    """A failure before the first chunk that another try may mend, after so many seconds."""
+
+    def __init__(self, error: ChatError, after: float | None = None) -> None:
+        self.error = error
+        self.after = after
+
+
+_WORD = re.compile(r"\w{4,}")
+_PRIVATE = re.compile(
+    r"xai-[\w.-]*|\S*\*{3}\S*"  # keys, masked keys
+    r"|[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}"  # UUIDs
+    r"|\S+@\S+|https?://\S+|\b\d{1,3}(?:\.\d{1,3}){3}\b|(?:[0-9a-fA-F]{1,4}:){3,7}[0-9a-fA-F]{1,4}"  # addresses
+)
+
+
+def _pieces(response: httpx.Response) -> AsyncGenerator[bytes, None]:
+    # Not aiter_raw(), which adds a second generator for counting bytes.
+    pieces = aiter(response.stream)  # type: ignore[arg-type] # of an AsyncClient it is asynchronous
+    assert isinstance(pieces, AsyncGenerator)
+    return pieces
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment] # one of them is set
+    return type(error).__name__
+
+
+def _read_refusal(body: bytes) -> tuple[str | int | None, str]:
+    """xAI's code and message, from any of its envelopes; of anything else (HTML) neither."""
+    try:
+        refusal = decode_refusal(body)
+    except (ValueError, RecursionError):
+        return None, ""
+    if isinstance(refusal, str):
+        return None, refusal
+    if isinstance(refusal.error, str):
+        return refusal.code, refusal.error
+    return refusal.error.code if refusal.code is None else refusal.code, refusal.error.message
+
+
+def _classify(status: int, text: str) -> ChatError:
+    """The outcome that an answer other than an event stream stands for; `text` in lower case.
+
+    A wrong key is a 400, and a 403 has four meanings: only the words tell them apart.
+    """
+    if 400 <= status < 500:
+        if "violates usage guidelines" in text or "safety_check" in text:
+            return ContentPolicy()
+        if status in (401, 403) or (status == 429 and ("credits" in text or "spending limit" in text)):
+            return UpstreamAuth()
+        if status == 429:
+            return UpstreamRateLimited()
+        if status == 400 and ("api key" in text or "authorization" in text):
+            return UpstreamAuth()
+        if status == 400 and ("maximum prompt length" in text or "exceeds budget" in text or "context length" in text):
+            return ContextLengthExceeded()
+        return UpstreamRejected()
+    if status in (503, 529):
+        return UpstreamOverloaded()
+    return UpstreamFailed()
+
+
+def _client(settings: Settings, base_url: str) -> httpx.AsyncClient:
+    headers = {"Authorization": f"Bearer {settings.grok_api_key or 'demo'}", "Accept-Encoding": "identity"}
+    timeout = httpx.Timeout(None, connect=settings.connect_timeout)
+    places = settings.max_streams + 1  # and one for the key check
+    url = httpx.URL(base_url)
+    proxied = url.scheme in getproxies() and not proxy_bypass(url.host)
+    if settings.grok_transport == "httpx" or (settings.grok_transport == "auto" and proxied):
+        # httpx's defaults keep 100 connections, and idle ones for 5 s.
+        limits = httpx.Limits(max_connections=places, keepalive_expiry=KEEP_CONNECTION)
+        return httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits)
+    transport = Transport(
+        ssl_context=httpx.create_ssl_context(), max_connections=places, keepalive_expiry=KEEP_CONNECTION
+    )
+    return httpx.AsyncClient(headers=headers, timeout=timeout, transport=transport)
