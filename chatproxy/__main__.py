@@ -1,0 +1,62 @@
+"""Start the process: environment, settings, server. `python -m chatproxy [--reload]`"""
+
+import argparse
+import asyncio
+import os
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+from dotenv import dotenv_values
+from uvicorn.supervisors import ChangeReload
+
+from chatproxy import logs
+from chatproxy.config import Invalid, Settings, load
+from chatproxy.server import listen, serve
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="chatproxy", description="Grok on a web page, as server-sent events.")
+    parser.add_argument("--reload", action="store_true", help="restart when the code changes (development)")
+    reload = parser.parse_args().reload
+    settings = configure()
+    try:
+        sock = listen(settings)
+    except OSError as error:
+        sys.exit(f"HOST, PORT: cannot listen on {settings.host}:{settings.port}: {error.strerror}")
+    if reload:
+        package = str(Path(__file__).parent)
+        config = uvicorn.Config("chatproxy", reload=True, reload_dirs=[package], log_config=None)
+        ChangeReload(config, target=rerun, sockets=[sock]).run()
+    else:
+        run(settings, sock)
+
+
+def rerun(sockets: list[socket.socket] | None) -> None:
+    """What the reloader runs in a child process: settings are read anew, the socket is the same."""
+    assert sockets
+    run(configure(), sockets[0], reloading=True)
+
+
+def run(settings: Settings, sock: socket.socket, *, reloading: bool = False) -> None:
+    """Serve until told to stop, on the fastest event loop there is."""
+    loop_factory = uvicorn.Config("chatproxy", log_config=None).get_loop_factory()
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(serve(settings, sock, reloading=reloading))
+
+
+def configure() -> Settings:
+    """Settings from the environment and `.env`, and logging as they say. Exits with 2 if they are wrong."""
+    given = {name: value for name, value in dotenv_values(".env", interpolate=False).items() if value is not None}
+    try:
+        settings = load({**given, **os.environ})
+    except Invalid as problems:
+        print(problems, file=sys.stderr)  # noqa: T201 -- there is no log yet
+        sys.exit(2)
+    logs.configure(settings.log_level, settings.log_format)
+    return settings
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""One coroutine for each route: a request in, a Response out.
+
+Does not know httpx, xAI's addresses, or how an event is written.
+"""
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import re
+from collections.abc import AsyncGenerator
+from importlib.resources import files
+from typing import Literal, NotRequired, TypedDict
+
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
+
+from chatproxy import metrics as prometheus
+from chatproxy.config import Settings
+from chatproxy.errors import (
+    BodyTimeout,
+    BodyTooLarge,
+    CallerLeft,
+    ChatError,
+    Draining,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotAcceptable,
+    NotFound,
+    StreamNotFound,
+    TooManyMessages,
+    Unauthorized,
+    UnsupportedMediaType,
+)
+from chatproxy.limits import Limits, caller
+from chatproxy.metrics import Metrics
+from chatproxy.responses import EventSourceResponse, Exchange, JSONResponse, Watch
+from chatproxy.schemas import Created, Health, decode_chat
+from chatproxy.services.grok import Grok
+from chatproxy.services.relay import Report, failed, relay
+from chatproxy.services.streams import NOTHING_AFTER, Answer, Streams
+
+# A caller who needs longer for a megabyte is holding a connection rather than using it.
+BODY_TIMEOUT = 60.0
+
+MAX_IDEMPOTENCY_KEY = 255
+
+# W3C Trace Context, section 3.2.2.
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+class AppState(TypedDict):
+    """What the routes share, made by the application's lifespan."""
+
+    settings: Settings
+    metrics: Metrics
+    limits: Limits
+    grok: Grok
+    streams: Streams
+    draining: asyncio.Event
+    exchange: NotRequired[Exchange]  # of this request, from the middleware
+
+
+async def chat(request: Request[AppState]) -> Response:
+    """POST /api/chat: a new answer as a stream or as the stream's address, or the rest of an earlier one."""
+    if last_event_id := request.headers.get("last-event-id"):
+        return await _resume(request, last_event_id)
+    state = request.state
+    wanted = _wanted(request)
+    _authorize(request)
+    if state["draining"].is_set():
+        raise Draining
+    media_type = request.headers.get("content-type", "").partition(";")[0]
+    if media_type.strip().lower() != "application/json":
+        raise UnsupportedMediaType
+    address = caller(request.client.host) if request.client else ""
+    headers = state["limits"].take(address)
+    body = await _read_body(request)
+    chat = decode_chat(body)
+    if len(chat.messages) > state["settings"].max_messages:
+        raise TooManyMessages(param="messages")
+    include = chat.include or ()
+
+    traceparent = request.headers.get("traceparent", "")
+    upstream = state["grok"].stream(
+        chat, client=address, traceparent=traceparent if _TRACEPARENT.fullmatch(traceparent) else None
+    )
+    exchange = state["exchange"]
+    report = Report(exchange.request_id)
+    if wanted == "stream" and not chat.resumable:
+        exchange.report, exchange.owns_report = report, True
+        events = relay(upstream, report, include)
+        return EventSourceResponse(events, state["settings"], state["metrics"], upstream, headers)
+
+    key, digest = _idempotency_key(request), hashlib.sha256(body).digest()
+    # Nothing may be awaited between the look-up and the start, or one key might start two answers.
+    answer = state["streams"].find_key(key, digest)
+    if answer is None:
+        answer = state["streams"].start(
+            lambda frame: relay(upstream, report, include, frame), upstream, report, key, digest
+        )
+    exchange.report = answer.report
+    hold = state["settings"].status_hold
+    url = _stream_url(request, answer)
+    if wanted == "stream":
+        headers["Content-Location"] = url
+        return EventSourceResponse(
+            state["streams"].follow(answer, hold), state["settings"], state["metrics"], headers=headers
+        )
+    with Watch(request.receive):
+        await state["streams"].decide(answer, hold)
+    return JSONResponse(Created(answer.id, url), 201, {**headers, "Location": url})
+
+
+async def stream(request: Request[AppState]) -> Response:
+    """GET /api/chat/{id}/stream: an answer from its start, or what lies after the last event id."""
+    if request.method == "HEAD":
+        raise MethodNotAllowed(headers={"Allow": "GET"})
+    state = request.state
+    answer = state["streams"].find(request.path_params["id"])
+    last_event_id = request.headers.get("last-event-id") or request.query_params.get("lastEventId")
+    after, more = await state["streams"].position(answer, last_event_id or f"{answer.id}-0")
+    if not more:
+        return Response(status_code=204)
+    return _replay(request, answer, after)
+
+
+async def stop(request: Request[AppState]) -> Response:
+    """DELETE /api/chat/{id} and POST /api/chat/{id}/stop: hang up; the same if there is nothing to hang up."""
+    request.state["streams"].stop(request.path_params["id"])
+    return Response(status_code=204)
+
+
+async def healthz(_: Request[AppState]) -> Response:
+    """GET /healthz: the loop turns."""
+    return JSONResponse(Health("ok"))
+
+
+async def readyz(request: Request[AppState]) -> Response:
+    """GET /readyz: whether new chats are welcome."""
+    state = request.state
+    demo = state["settings"].grok_api_key is None
+    if state["draining"].is_set():
+        return JSONResponse(Health("unavailable", "draining", demo), 503)
+    if not state["grok"].key_usable:
+        return JSONResponse(Health("unavailable", "upstream_auth", demo), 503)
+    return JSONResponse(Health("ok", demo=demo))
+
+
+async def metrics(request: Request[AppState]) -> Response:
+    """GET /metrics, for Prometheus."""
+    return Response(request.state["metrics"].render(), headers={"Content-Type": prometheus.CONTENT_TYPE})
+
+
+class Page:
+    """GET /: the try-out page, which may run its own script and style and talk to this service only."""
+
+    def __init__(self) -> None:
+        self._html = files("chatproxy").joinpath("page.html").read_text("utf-8")
+        script, style = (_inline_hash(tag, self._html) for tag in ("script", "style"))
+        self._headers = {
+            "Content-Security-Policy": (
+                f"default-src 'none'; script-src {script}; style-src {style}; img-src data:; connect-src 'self'; "
+                "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+            ),
+            "Cache-Control": "no-cache",
+            "Referrer-Policy": "no-referrer",
+            "X-Content-Type-Options": "nosniff",
+        }
+
+    async def show(self, _: Request[AppState]) -> Response:
+        return HTMLResponse(self._html, headers=self._headers)
+
+
+def _inline_hash(tag: str, html: str) -> str:
+    """The CSP source of the page's one element with that tag."""
+    (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+
+
+async def refuse(_: Request, error: Exception) -> Response:
+    """Starlette's own 404 and 405, in our words."""
+    assert isinstance(error, HTTPException)
+    kind = MethodNotAllowed if error.status_code == 405 else NotFound
+    raise kind(headers=error.headers) from None
+
+
+def routes(try_page: bool) -> list[Route]:
+    """All routes of the service."""
+    return [
+        Route("/api/chat", chat, methods=["POST"]),
+        Route("/api/chat/{id}/stream", stream, methods=["GET"]),
+        Route("/api/chat/{id}/stop", stop, methods=["POST"]),
+        Route("/api/chat/{id}", stop, methods=["DELETE"]),
+        Route("/healthz", healthz),
+        Route("/readyz", readyz),
+        Route("/metrics", metrics),
+        *([Route("/", Page().show)] if try_page else []),
+    ]
+
+
+async def _resume(request: Request[AppState], last_event_id: str) -> Response:
+    """What fetch-event-source sends when it reconnects. It retries any answer but a stream for ever."""
+    streams = request.state["streams"]
+    try:
+        answer = streams.find(last_event_id.rpartition("-")[0])
+        after, more = await streams.position(answer, last_event_id)
+    except ChatError:
+        frame = failed(StreamNotFound(), request.state["exchange"].request_id)
+        return EventSourceResponse(_only(frame), request.state["settings"], request.state["metrics"])
+    if not more and after != NOTHING_AFTER:
+        after -= 1  # the last event again, for a reader who has not understood that it was the last
+    return _replay(request, answer, after)
+
+
+def _replay(request: Request[AppState], answer: Answer, after: int) -> Response:
+    state = request.state
+    state["exchange"].report = answer.report
+    headers = {"Content-Location": _stream_url(request, answer)}
+    return EventSourceResponse(
+        state["streams"].replay(answer, after), state["settings"], state["metrics"], headers=headers
+    )
+
+
+async def _only(frame: bytes) -> AsyncGenerator[list[bytes], None]:
+    yield [frame]
+
+
+def _stream_url(request: Request[AppState], answer: Answer) -> str:
+    return f"{request.scope['root_path']}/api/chat/{answer.id}/stream"
+
+
+def _wanted(request: Request[AppState]) -> Literal["stream", "address"]:
+    """What the Accept header asks for. Raises NotAcceptable."""
+    ranges = (part.replace(" ", "").lower() for part in ",".join(request.headers.getlist("accept")).split(","))
+    accepted = {part.partition(";")[0] for part in ranges if not re.search(r";q=0(\.0*)?(;|$)", part)} - {""}
+    if not accepted or "text/event-stream" in accepted:
+        return "stream"
+    if "application/json" in accepted:
+        return "address"
+    if accepted & {"*/*", "text/*"}:
+        return "stream"
+    raise NotAcceptable
+
+
+def _authorize(request: Request[AppState]) -> None:
+    """Raises Unauthorized, unless no tokens are set or one of them was sent."""
+    tokens = request.state["settings"].access_tokens
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    # Each is compared, in constant time, so that the time tells nothing of any.
+    known = [hmac.compare_digest(given.strip().encode(), token.encode()) for token in tokens]
+    if tokens and not (scheme.lower() == "bearer" and any(known)):
+        raise Unauthorized(headers={"WWW-Authenticate": "Bearer"})
+
+
+async def _read_body(request: Request[AppState]) -> bytes:
+    """Raises BodyTooLarge as soon as that is known, BodyTimeout, or CallerLeft."""
+    limit = request.state["settings"].max_body_bytes
+    body = bytearray()
+    try:
+        if int(request.headers.get("content-length", "0")) > limit:
+            raise BodyTooLarge
+        async with asyncio.timeout(BODY_TIMEOUT):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > limit:
+                    raise BodyTooLarge
+    except TimeoutError:
+        raise BodyTimeout from None
+    except ClientDisconnect:
+        raise CallerLeft(asyncio.get_running_loop().time()) from None
+    return bytes(body)
+
+
+def _idempotency_key(request: Request[AppState]) -> tuple[str, str] | None:
+    key = request.headers.get("idempotency-key")
+    if not key:
+        return None
+    if len(key) > MAX_IDEMPOTENCY_KEY:
+        raise InvalidRequest(f"Idempotency-Key is longer than {MAX_IDEMPOTENCY_KEY}.", param="Idempotency-Key")
+    return request.headers.get("authorization", ""), key

@@ -1,0 +1,137 @@
+"""The process side: the listening socket, uvicorn, and an end without broken promises.
+
+Does not know the environment, nor what is served.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+import uvicorn
+
+from chatproxy.app import create_app
+from chatproxy.config import Settings
+from chatproxy.errors import Draining
+
+log = logging.getLogger(__name__)
+
+# What is written but not yet taken by a slow reader, in the kernel. Small, so that a slow reader
+# slows Grok's stream, and is noticed, while little is on its way.
+SEND_BUFFER = 65_536
+
+# nginx keeps connections to us for 60 s; ours must not close first, under a request on its way.
+KEEP_CONNECTION = 75
+
+# For the last events to be written, once the time to drain is over.
+LAST_WORDS = 1.0
+
+
+def listen(settings: Settings) -> socket.socket:
+    """The listening socket; the connections it accepts inherit its options. Raises OSError."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    sock = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        # An ASGI application cannot abort its socket, but Linux does: when what was sent is not
+        # acknowledged, or the reader's window stays shut, for so long. The reader's connection is
+        # then lost like any other.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(settings.write_timeout * 1000))
+    return sock
+
+
+class Server(uvicorn.Server):
+    """The service on a socket. `running` is all there is to it: signals are the caller's business."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        super().__init__(
+            uvicorn.Config(
+                create_app(settings),
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                ws="none",
+                root_path=settings.root_path,
+                forwarded_allow_ips=settings.forwarded_allow_ips,
+                timeout_keep_alive=KEEP_CONNECTION,
+                timeout_graceful_shutdown=1,
+            )
+        )
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Take none: uvicorn would close the listeners, and nobody would be told about the draining."""
+        yield
+
+    @asynccontextmanager
+    async def running(self, sock: socket.socket | None = None) -> AsyncIterator[int]:
+        """Serve inside of it, in this event loop; gives the port. Leaving it drains (contract C7)."""
+        sock = sock or listen(self.settings)
+        serving = asyncio.create_task(self.serve([sock]))
+        while not self.started:
+            if serving.done():
+                await serving
+            await asyncio.sleep(0.005)
+        try:
+            yield sock.getsockname()[1]
+        finally:
+            await self._drain()
+            self.should_exit = True
+            await serving
+
+    async def _drain(self) -> None:
+        """No new chats; the running ones go on for DRAIN_TIMEOUT, and are then told the truth."""
+        state = self.lifespan.state
+        state["draining"].set()
+        grok = state["grok"]
+        if not await self._idle(self.settings.drain_timeout):
+            for completion in list(grok.running):
+                completion.interrupt(Draining())
+            if not await self._idle(LAST_WORDS):
+                # Readers who take nothing cannot be told; uvicorn would wait for them.
+                for connection in list(self.server_state.connections):
+                    connection.transport.abort()
+
+    async def _idle(self, seconds: float) -> bool:
+        """Wait until nothing runs any more, neither for a reader nor to be resumed; whether that came in time."""
+        deadline = asyncio.get_running_loop().time() + seconds
+        while self.server_state.tasks or self.lifespan.state["grok"].running:
+            if asyncio.get_running_loop().time() >= deadline:
+                return False
+            await asyncio.sleep(0.02)
+        return True
+
+
+async def serve(settings: Settings, sock: socket.socket, *, reloading: bool = False) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. Another signal ends the process at once, with exit code 1.
+
+    `reloading`: under a reloader that turns Ctrl-C, which reaches both of us, into a SIGTERM. So
+    there only the second signal of one kind is another one.
+    """
+    loop = asyncio.get_running_loop()
+    signals: list[int] = []
+    stop = asyncio.Event()
+
+    def on_signal(number: int) -> None:
+        if number in signals or (signals and not reloading):
+            log.warning("second signal: stopping at once")
+            os._exit(1)
+        signals.append(number)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal, number)
+    async with Server(settings).running(sock) as port:
+        log.info("listening on http://%s:%d", settings.host, port)
+        if settings.grok_api_key is None:
+            log.warning("GROK_API_KEY is not set: answers come from the built-in demo, not from Grok")
+        if "*" in settings.allowed_origins:
+            log.warning("ALLOWED_ORIGINS is *: any web page may spend this key's credits")
+        await stop.wait()
+        log.info("draining: no new chats; running ones have %g s", settings.drain_timeout)
