@@ -127,7 +127,8 @@ class EventSourceResponse(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange: Exchange = scope["state"]["exchange"]
         self._send_start, self._send = send, exchange.send
-        self._timer = self._loop.call_later(self._settings.status_hold, self._tick)
+        self._hold_until = self._loop.time() + self._settings.status_hold
+        self._timer = self._loop.call_later(min(self._settings.status_hold, self._settings.keep_alive), self._tick)
         try:
             with Watch(receive):
                 async with aclosing(self._events):
@@ -178,27 +179,28 @@ class EventSourceResponse(StreamingResponse):
             await self._beat
             self._beat = None
         self._writing = True
-        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+        await self._send_body(body)
         self._writing = False
+
+    async def _send_body(self, body: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": body, "more_body": True})
         self._wrote_at = self._loop.time()
 
     def _tick(self) -> None:
         """One timer for the hold and then for the silence; it looks at the time only when it fires."""
         now = self._loop.time()
-        if not self._started:
+        if self._beat is not None and self._beat.done():
+            self._beat = None
+        if not self._started and now >= self._hold_until:
             self._started = True
-            self._beat = self._loop.create_task(self._start())
             self._wrote_at = now
-        elif now < self._wrote_at + self._settings.keep_alive or self._writing:
-            pass
-        elif self._beat is None or self._beat.done():
-            self._beat = self._loop.create_task(self._keep_alive())
-        due = self._wrote_at + self._settings.keep_alive
-        self._timer = self._loop.call_at(due if due > now else now + self._settings.keep_alive, self._tick)
-
-    async def _keep_alive(self) -> None:
-        await self._send({"type": "http.response.body", "body": sse.KEEP_ALIVE, "more_body": True})
-        self._wrote_at = self._loop.time()
+            self._beat = self._loop.create_task(self._start())
+        elif self._started and now >= self._wrote_at + self._settings.keep_alive:
+            self._wrote_at = now
+            if self._beat is None and not self._writing:
+                self._beat = self._loop.create_task(self._send_body(sse.KEEP_ALIVE))
+        due = self._wrote_at + self._settings.keep_alive if self._started else self._hold_until
+        self._timer = self._loop.call_at(due, self._tick)
 
 
 class Timed(Protocol):

@@ -98,7 +98,7 @@ class Grok:
         settings = self.settings
         messages = chat.messages
         if settings.system_prompt:
-            messages = [Message("system", settings.system_prompt), *messages]
+            messages = [Message("system", str(settings.system_prompt)), *messages]
         headers = {"Accept": "text/event-stream", "Content-Type": "application/json"}
         if chat.sessionId is not None:
             # A digest, so that any id fits into a header; keyed, so that it says nothing to others.
