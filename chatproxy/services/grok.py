@@ -7,15 +7,15 @@ from xAI's documentation and from recorded answers.
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import logging
 import math
 import random
 import re
 import time
-from collections.abc import AsyncGenerator
-from itertools import count
+from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import NoReturn, Self, cast
 from urllib.request import getproxies, proxy_bypass
 
 import httpx
@@ -75,7 +75,7 @@ KEY_CHECK_INTERVAL = 60.0
 
 
 class Grok:
-    """The shared part: HTTP client, running answers, what is known of key and rate limit.
+    """The shared part: connections, running answers, what is known of key and rate limit.
 
     One for each event loop. `base_url` is xAI's API, or what speaks like it.
     """
@@ -86,8 +86,16 @@ class Grok:
         self.running: set[Completion] = set()
         self.key_usable = True
         self.rate_limited_until = 0.0  # on the loop's clock
-        self._base_url = base_url
-        self._client = _client(settings, base_url)
+        self._completions_url = httpx.URL(f"{base_url}/chat/completions")
+        self._key_url = httpx.URL(f"{base_url}/api-key")
+        self._transport = _transport(settings, self._key_url)
+        self._headers = [
+            (b"Host", self._key_url.netloc),
+            (b"Authorization", f"Bearer {settings.grok_api_key or 'demo'}".encode()),
+            (b"Accept", b"text/event-stream"),
+            (b"Accept-Encoding", b"identity"),
+            (b"Content-Type", b"application/json"),
+        ]
 
     def stream(self, chat: Chat, *, client: str | None = None, traceparent: str | None = None) -> "Completion":
         """Grok's answer to `chat`: enter it, then iterate. `client` is only noted, as the one it is for."""
@@ -99,20 +107,32 @@ class Grok:
         messages = chat.messages
         if settings.system_prompt:
             messages = [Message("system", str(settings.system_prompt)), *messages]
-        headers = {"Accept": "text/event-stream", "Content-Type": "application/json"}
-        if chat.sessionId is not None:
-            # A digest, so that any id fits into a header; keyed, so that it says nothing to others.
-            key = hashlib.sha256((settings.grok_api_key or "").encode()).digest()
-            headers["x-grok-conv-id"] = hashlib.blake2b(chat.sessionId.encode(), digest_size=16, key=key).hexdigest()
-        if traceparent is not None:
-            headers["traceparent"] = traceparent
         body = CompletionRequest(
             settings.grok_model, messages, True, {"include_usage": True}, settings.grok_reasoning_effort
         )
-        request = self._client.build_request(
-            "POST", f"{self._base_url}/chat/completions", content=encode(body), headers=headers
+        headers = []
+        if chat.sessionId is not None:
+            # A digest, so that any id fits into a header; keyed, so that it says nothing to others.
+            key = hashlib.sha256((settings.grok_api_key or "").encode()).digest()
+            digest = hashlib.blake2b(chat.sessionId.encode(), digest_size=16, key=key).hexdigest()
+            headers.append((b"x-grok-conv-id", digest.encode()))
+        if traceparent is not None:
+            headers.append((b"traceparent", traceparent.encode()))
+        return await self._ask("POST", self._completions_url, encode(body), headers)
+
+    async def _ask(
+        self, method: str, url: httpx.URL, body: bytes = b"", headers: Sequence[tuple[bytes, bytes]] = ()
+    ) -> httpx.Response:
+        # A client around the transport would merge URLs, headers and cookies for each request: a third of the cost
+        # of a short stream, and nothing here has any use for it.
+        request = httpx.Request(
+            method,
+            url,
+            headers=[*self._headers, (b"Content-Length", b"%d" % len(body)), *headers],
+            stream=httpx.ByteStream(body),
+            extensions={"timeout": {"connect": self.settings.connect_timeout}},
         )
-        return await self._client.send(request, stream=True)
+        return await self._transport.handle_async_request(request)
 
     async def watch_key(self) -> None:
         """Find out early that the key is unusable, and then when it is usable again. Costs no tokens."""
@@ -123,13 +143,15 @@ class Grok:
     async def _check_key(self) -> bool:
         self.key_usable = True  # also for every answer that is unclear
         try:
-            response = await self._client.get(f"{self._base_url}/api-key", timeout=KEY_CHECK_TIMEOUT)
+            async with asyncio.timeout(KEY_CHECK_TIMEOUT):
+                response = await self._ask("GET", self._key_url)
+                body = await response.aread()
             if response.status_code == 200:
-                state = decode_key_state(response.content)
+                state = decode_key_state(body)
                 self.key_usable = not (state.team_blocked or state.api_key_blocked or state.api_key_disabled)
             else:
                 self.key_usable = not 400 <= response.status_code <= 403
-        except (httpx.HTTPError, ValueError) as error:
+        except (httpx.HTTPError, ValueError, TimeoutError) as error:
             log.info("the API key could not be checked: %s", type(error).__name__)
         return self.key_usable
 
@@ -143,7 +165,7 @@ class Grok:
         return error
 
     async def aclose(self) -> None:
-        await self._client.aclose()
+        await self._transport.aclose()
 
 
 class Completion(Interruptible):
@@ -162,35 +184,31 @@ class Completion(Interruptible):
         self._chat = chat
         self._traceparent = traceparent
         self._loop = asyncio.get_running_loop()
-        self._response: httpx.Response | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._idle_timeout = grok.settings.idle_timeout
         self._waiting_since: float | None = None
+        self._finished = False
+        self._response: httpx.Response | None = None
         self._first: list[Chunk] = []
         self._end: Exception | None = None  # what comes after the chunks that were given
 
     async def __aenter__(self) -> Self:
         """Ask, with retries, and wait for the first chunk. Raises ChatError."""
-        grok = self._grok
-        if len(grok.running) >= grok.settings.max_streams:
+        grok, settings = self._grok, self._grok.settings
+        if len(grok.running) >= settings.max_streams:
             raise Busy
-        limit = grok.settings.max_streams_per_client
+        limit = settings.max_streams_per_client
         if limit is not None and sum(other.client == self.client for other in grok.running) >= limit:
             raise RateLimited
         grok.running.add(self)
         self._asked_at = self._loop.time()
-        self._deadline = self._asked_at + grok.settings.stream_timeout
+        self._deadline = self._asked_at + settings.stream_timeout
         try:
             with self:
-                try:
-                    async with asyncio.timeout_at(self._deadline):
-                        await self._open()
-                except TimeoutError:
-                    raise StreamTimeout from None
+                await self._open()
         except BaseException:
             await self._leave()
             raise
-        self._tick()
+        self._be_patient(settings.idle_timeout, IdleTimeout)
         return self
 
     async def __aexit__(
@@ -199,10 +217,11 @@ class Completion(Interruptible):
         """Hang up; but after Grok's `[DONE]` read to the end of the body, so that the connection is kept."""
         try:
             if kind is None and isinstance(self._end, StopAsyncIteration):
-                with contextlib.suppress(httpx.TransportError, TimeoutError):
-                    async with asyncio.timeout(FINISH_GRACE):
-                        async for _ in self._pieces:
-                            pass
+                self._waiting_since = self._loop.time()
+                self._be_patient(FINISH_GRACE, IdleTimeout)
+                with contextlib.suppress(httpx.TransportError, ChatError), self:
+                    async for _ in self._pieces:
+                        pass
         finally:
             await self._leave()
 
@@ -220,54 +239,55 @@ class Completion(Interruptible):
                 with self:
                     chunks = await self._read()
             except (httpx.TransportError, StopAsyncIteration) as error:
-                self._end = self._grok.failed(UpstreamCutOff(), type(error).__name__)
+                self._end = self._failed(UpstreamCutOff(), type(error).__name__)
             finally:
                 self._waiting_since = None
-            self.read_at = time.perf_counter()
         if not chunks:
             assert self._end is not None
             raise self._end
         return chunks
 
-    def finish(self) -> None:
-        """Grok has given its finish reason: it may be silent for FINISH_GRACE now, and no longer."""
-        if self._end is None:
-            self._idle_timeout = FINISH_GRACE
-            self._tick()
+    def _be_patient(self, seconds: float, too_late: type[ChatError]) -> None:
+        """From now on each wait for chunks may take so long."""
+        self._patience, self._too_late = seconds, too_late
+        self._tick()
 
     def _tick(self) -> None:
-        """The idle clock and the stream clock: one timer, set anew only when it fires."""
+        """All clocks but the connection's in one timer, which looks at the time only when it fires."""
         if self._timer is not None:
             self._timer.cancel()
         now = self._loop.time()
-        # While a slow reader keeps us from reading, the idle clock stands still.
-        idle_at = (now if self._waiting_since is None else self._waiting_since) + self._idle_timeout
+        # While a slow reader keeps us from reading, only the stream's clock goes on.
+        too_late_at = (now if self._waiting_since is None else self._waiting_since) + self._patience
         if now >= self._deadline:
-            self.interrupt(StreamTimeout())
-        elif now >= idle_at:
-            self.interrupt(IdleTimeout())
+            self.interrupt(self._failed(StreamTimeout(), "the answer took too long"))
+        elif now >= too_late_at:
+            self.interrupt(self._failed(self._too_late(), f"no chunk for {self._patience:g} s"))
         else:
-            self._timer = self._loop.call_at(min(idle_at, self._deadline), self._tick)
+            self._timer = self._loop.call_at(min(too_late_at, self._deadline), self._tick)
+
+    def _failed(self, error: ChatError, detail: str) -> ChatError:
+        # What a Grok that has finished does afterwards is no failure.
+        return error if self._finished else self._grok.failed(error, detail)
 
     async def _open(self) -> None:
         settings = self._grok.settings
-        for attempt in count():
+        for attempt in itertools.count():
+            self._waiting_since = self._loop.time()
+            self._be_patient(settings.first_token_timeout, FirstTokenTimeout)
             try:
-                clock = asyncio.timeout(settings.first_token_timeout)
-                async with clock:
-                    await self._try()
+                await self._try()
                 return
-            except TimeoutError:
-                if clock.expired():
-                    raise self._grok.failed(FirstTokenTimeout(), "no chunk in time") from None
-                raise  # the stream clock's
             except _Retryable as failure:
                 await self._close()
                 # Exponential with jitter, the first wait at most half a second.
-                wait = random.uniform(0.1, 0.5) * 2**attempt if failure.after is None else failure.after + 0.05
+                jitter = random.uniform(0.1, 0.5)  # noqa: S311 -- spreads load, keeps no secret
+                wait = jitter * 2**attempt if failure.after is None else failure.after + 0.05
                 late = self._loop.time() + wait > self._asked_at + settings.first_token_timeout
                 if attempt == settings.grok_retries or wait > MAX_RETRY_WAIT or late:
                     raise failure.error from None
+            finally:
+                self._waiting_since = None
             await asyncio.sleep(wait)
 
     async def _try(self) -> None:
@@ -277,11 +297,11 @@ class Completion(Interruptible):
             raise UpstreamRateLimited(retry_after=math.ceil(wait))
         self._decoder = sse.Decoder()
         try:
-            self._response = await grok.send(self._chat, self._traceparent)
-            self._pieces = _pieces(self._response)
-            content_type = self._response.headers.get("content-type", "")
-            if self._response.status_code != 200 or not content_type.startswith("text/event-stream"):
-                await self._refuse(self._response)
+            self._response = response = await grok.send(self._chat, self._traceparent)
+            self._pieces = aiter(cast(httpx.AsyncByteStream, response.stream))
+            content_type = response.headers.get("content-type", "")
+            if response.status_code != 200 or not content_type.startswith("text/event-stream"):
+                await self._refuse(response)
             self._first = await self._read()
         except httpx.ConnectTimeout:
             raise _Retryable(grok.failed(ConnectTimeout(), "no connection in time")) from None
@@ -291,17 +311,17 @@ class Completion(Interruptible):
             raise _Retryable(grok.failed(UpstreamFailed(), type(error).__name__)) from None
         except StopAsyncIteration:
             raise grok.failed(UpstreamFailed(), "ended before the first chunk") from None
-        self.read_at = time.perf_counter()
-        if isinstance(self._end, StopAsyncIteration) and not self._first:
+        if not self._first:
+            if isinstance(self._end, ChatError):
+                raise self._end
             raise grok.failed(UpstreamFailed(), "[DONE] before the first chunk")
-        if self._end is not None and not self._first:
-            raise self._end
 
     async def _read(self) -> list[Chunk]:
         """The chunks of the next read that holds any; none only if `_end` is known."""
         chunks: list[Chunk] = []
         while not chunks and self._end is None:
             chunks = self._decode(await anext(self._pieces))
+        self.read_at = time.perf_counter()
         return chunks
 
     def _decode(self, piece: bytes) -> list[Chunk]:
@@ -313,12 +333,17 @@ class Completion(Interruptible):
                     self._end = StopAsyncIteration()
                     break
                 chunk = decode_chunk(data)
-                if chunk.error is not None or (chunk.choices is None and not chunk.usage):
-                    self._end = self._grok.failed(UpstreamFailed(), self._describe(200, data))
+                choices = chunk.choices
+                if chunk.error is not None or (choices is None and not chunk.usage):
+                    self._end = self._failed(UpstreamFailed(), self._describe(200, data))
                     break
                 chunks.append(chunk)
+                if choices and choices[0].finish_reason:
+                    self._finished = True
         except (ValueError, RecursionError):  # sse.TooLong, msgspec.DecodeError, UnicodeDecodeError
-            self._end = self._grok.failed(UpstreamFailed(), f"malformed frame, in a read of {len(piece)} bytes")
+            self._end = self._failed(UpstreamFailed(), f"malformed frame, in a read of {len(piece)} bytes")
+        if self._finished and self._end is None:
+            self._be_patient(FINISH_GRACE, IdleTimeout)
         return chunks
 
     async def _refuse(self, response: httpx.Response) -> NoReturn:
@@ -354,16 +379,19 @@ class Completion(Interruptible):
 
     async def _close(self) -> None:
         if self._response is not None:
-            response, self._response = self._response, None
-            await self._pieces.aclose()
-            await response.aclose()
+            stream, self._response = self._response.stream, None
+            if isinstance(self._pieces, AsyncGenerator):
+                await self._pieces.aclose()
+            await cast(httpx.AsyncByteStream, stream).aclose()
 
     async def _leave(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
         self._grok.running.discard(self)
-        # A second cancellation must not leave the connection open.
-        await asyncio.shield(self._close())
+        if isinstance(self._end, StopAsyncIteration):
+            await self._close()
+        else:
+            await asyncio.shield(self._close())  # a second cancellation must not leave the connection open
 
 
 class _Retryable(Exception):
@@ -380,13 +408,6 @@ _PRIVATE = re.compile(
     r"|[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}"  # UUIDs
     r"|\S+@\S+|https?://\S+|\b\d{1,3}(?:\.\d{1,3}){3}\b|(?:[0-9a-fA-F]{1,4}:){3,7}[0-9a-fA-F]{1,4}"  # addresses
 )
-
-
-def _pieces(response: httpx.Response) -> AsyncGenerator[bytes, None]:
-    # Not aiter_raw(), which adds a second generator for counting bytes.
-    pieces = aiter(response.stream)  # type: ignore[arg-type] # of an AsyncClient it is asynchronous
-    assert isinstance(pieces, AsyncGenerator)
-    return pieces
 
 
 def _root_cause(error: BaseException) -> str:
@@ -430,17 +451,11 @@ def _classify(status: int, text: str) -> ChatError:
     return UpstreamFailed()
 
 
-def _client(settings: Settings, base_url: str) -> httpx.AsyncClient:
-    headers = {"Authorization": f"Bearer {settings.grok_api_key or 'demo'}", "Accept-Encoding": "identity"}
-    timeout = httpx.Timeout(None, connect=settings.connect_timeout)
+def _transport(settings: Settings, url: httpx.URL) -> httpx.AsyncBaseTransport:
     places = settings.max_streams + 1  # and one for the key check
-    url = httpx.URL(base_url)
-    proxied = url.scheme in getproxies() and not proxy_bypass(url.host)
-    if settings.grok_transport == "httpx" or (settings.grok_transport == "auto" and proxied):
-        # httpx's defaults keep 100 connections, and idle ones for 5 s.
+    proxy = None if proxy_bypass(url.host) else getproxies().get(url.scheme)
+    if settings.grok_transport == "httpx" or (settings.grok_transport == "auto" and proxy):
+        # httpx's own limits are 100 connections, and 5 s for idle ones.
         limits = httpx.Limits(max_connections=places, keepalive_expiry=KEEP_CONNECTION)
-        return httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits)
-    transport = Transport(
-        ssl_context=httpx.create_ssl_context(), max_connections=places, keepalive_expiry=KEEP_CONNECTION
-    )
-    return httpx.AsyncClient(headers=headers, timeout=timeout, transport=transport)
+        return httpx.AsyncHTTPTransport(limits=limits, proxy=proxy)
+    return Transport(ssl_context=httpx.create_ssl_context(), max_connections=places, keepalive_expiry=KEEP_CONNECTION)
