@@ -51,7 +51,12 @@ def main() -> None:
 async def bench(scenarios: list[str], quick: bool) -> None:
     """Start everything, check the text of every proxy, then measure in rounds and print."""
     cores, names, began = processes.cores(), processes.available(), monotonic()
-    print(machine(), f"proxy on core {cores.proxy}, upstream on {cores.upstream}, load on {cores.load}", sep="\n")
+    print(
+        machine(),
+        f"proxy on core {cores.proxy}, upstream on {cores.upstream}, load on {cores.load}",
+        sep="\n",
+        flush=True,
+    )
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="chatproxy-bench-")))
         upstream = stack.enter_context(processes.upstream(folder, cores.upstream))

@@ -100,18 +100,18 @@ def process(command: list[str], core: int, log: Path, env: Mapping[str, str]) ->
             )
     finally:
         os.sched_setaffinity(0, own)
-    try:
-        yield child
-    except BaseException:
-        sys.stderr.write(log.read_text()[-2000:])
-        raise
-    finally:
-        child.terminate()
+    with child:
         try:
-            child.wait(15)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+            yield child
+        except BaseException:
+            sys.stderr.write(log.read_text()[-2000:])
+            raise
+        finally:
+            child.terminate()
+            try:
+                child.wait(15)
+            except subprocess.TimeoutExpired:
+                child.kill()
 
 
 @contextmanager
