@@ -5,6 +5,7 @@ The header fields are those of the IETF draft "RateLimit header fields for HTTP"
 
 import math
 import time
+from functools import lru_cache
 from ipaddress import IPv6Address, ip_address, ip_network
 
 from chatproxy.config import RateLimit
@@ -14,6 +15,7 @@ from chatproxy.errors import RateLimited
 MAX_CALLERS = 100_000
 
 
+@lru_cache(1024)
 def caller(address: str) -> str:
     """Who a caller is: an IPv4 address, or the /64 network that one IPv6 subscriber has."""
     try:

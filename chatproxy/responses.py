@@ -199,7 +199,8 @@ class EventSourceResponse(StreamingResponse):
             self._wrote_at = now
             if self._beat is None and not self._writing:
                 self._beat = self._loop.create_task(self._send_body(sse.KEEP_ALIVE))
-        due = self._wrote_at + self._settings.keep_alive if self._started else self._hold_until
+        silent_until = self._wrote_at + self._settings.keep_alive
+        due = silent_until if self._started else min(self._hold_until, now + self._settings.keep_alive)
         self._timer = self._loop.call_at(due, self._tick)
 
 

@@ -41,7 +41,8 @@ class Report:
         if self.first_token_ms is not None:
             metrics.time_to_first_token.observe(self.first_token_ms / 1000)
         for kind, tokens in self.tokens().items():
-            metrics.tokens.labels(kind.removesuffix("_tokens")).inc(tokens or 0)
+            if tokens:
+                metrics.tokens.labels(kind.removesuffix("_tokens")).inc(tokens)
 
     def tokens(self) -> dict[str, int | None]:
         """As Grok counts them: the completion's do not include the reasoning's."""
