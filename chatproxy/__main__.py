@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import logging
 import os
 import socket
 import sys
@@ -42,8 +43,10 @@ def rerun(sockets: list[socket.socket] | None) -> None:
 def run(settings: Settings, sock: socket.socket, *, reloading: bool = False) -> None:
     """Serve until told to stop, on the fastest event loop there is."""
     loop_factory = uvicorn.Config("chatproxy", log_config=None).get_loop_factory()
-    with asyncio.Runner(loop_factory=loop_factory) as runner:
-        runner.run(serve(settings, sock, reloading=reloading))
+    asyncio.Runner(loop_factory=loop_factory).run(serve(settings, sock, reloading=reloading))
+    # Nothing is left to lose, but a look-up of a name cannot be cancelled, and would be waited for.
+    logging.shutdown()
+    os._exit(0)
 
 
 def configure() -> Settings:
