@@ -20,6 +20,9 @@
 * `spawned(upstream_url, **changes)`: the same as a process of its own, `python -m chatproxy`, for signals, exit codes
   and memory: also `.pid`, `.process`, `.stderr` (so far), `await .exit_code(within)`. Killed at the end if need be.
 * `environment(upstream_url, **changes)`: the variables that both are given.
+* `grok` and `service`: fixtures, one of each for a whole test module, with nothing changed. Starting and stopping a
+  service takes 0.2 s, so prefer them where the settings allow: `grok.play(stream("a"))`, then `service.ask()`. A module
+  may define its own `service` with other settings.
 * `refusal(response)`, `failure(event, response)`: the error of an answer, of an `event: error`; checked to be whole.
 
 Unless changed: a key, no retries other than the defaults, HOST=127.0.0.1, and a port that is free.
@@ -39,11 +42,11 @@ from typing import Any
 
 import httpx
 import pytest
-from chatproxy.server import Server
 
 from chatproxy import config
+from chatproxy.server import Server
 from tests import readers
-from tests.upstream import RESET_ON_CLOSE
+from tests.upstream import RESET_ON_CLOSE, Upstream
 
 ROOT = Path(__file__).parent.parent
 KEY = "xai-test-0123456789abcdef"
@@ -143,8 +146,8 @@ class Caller:
     async def post(self, body: object, path: str = "/api/chat", **headers: str) -> None:
         """Send a request with a JSON body (bytes as they are). Header names with `_` for `-`."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        headers = {"Host": "localhost", "Content-Type": "application/json", "Content-Length": str(len(data)), **headers}
-        lines = [f"{name.replace('_', '-')}: {text}" for name, text in headers.items()]
+        usual = {"Host": "localhost", "Content_Type": "application/json", "Content_Length": str(len(data))}
+        lines = [f"{name.replace('_', '-')}: {text}" for name, text in {**usual, **headers}.items()]
         await self.send("\r\n".join([f"POST {path} HTTP/1.1", *lines, "", ""]).encode() + data)
 
     async def head(self) -> tuple[int, dict[str, str]]:
@@ -338,6 +341,20 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(scope="module")
+async def grok() -> AsyncIterator[Upstream]:
+    """One scripted Grok for all tests of a module."""
+    async with Upstream() as grok:
+        yield grok
+
+
+@pytest.fixture(scope="module")
+async def service(grok: Upstream) -> AsyncIterator[Local]:
+    """One service for all tests of a module, with nothing changed."""
+    async with serving(grok.url) as service:
+        yield service
 
 
 def required(report: pytest.TestReport | pytest.CollectReport) -> None:

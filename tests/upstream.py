@@ -24,7 +24,8 @@ closes", so that the bytes on the wire are the body and nothing else; `error` is
     error(503, {"code": "...", "error": "..."}, {"Retry-After": "3"})
 
 What was seen: `upstream.calls` (chat calls only), `upstream.probes` (GET /v1/api-key, answered by `key`),
-`upstream.strays` (anything else, answered 404), `upstream.connections`, `upstream.open`, `upstream.playing`.
+`upstream.strays` (anything else, answered 404), `upstream.connections`, `upstream.open`, `upstream.playing`;
+`upstream.play(*scripts)` forgets the calls and plays others from then on.
 To wait: `await upstream.call(n)`, `await upstream.until(lambda: upstream.playing == 0)`,
 `await call.hung_up(within=1)`. All waits fail after a time; an error in a script is raised when the context closes.
 
@@ -354,13 +355,9 @@ class Upstream:
     """A scripted Grok on a free port of 127.0.0.1, for as long as its context is open."""
 
     def __init__(self, *scripts: Script, key: Script | None = None) -> None:
-        self.scripts: list[Script] = list(scripts) or [stream("Hello", ", ", "world")]
-        """What the next chat calls get; a test may put others here at any time."""
+        self.play(*scripts)
         self.key: Script = error(200, GOOD_KEY) if key is None else key
         """What GET /v1/api-key gets."""
-        self.calls: list[Call] = []
-        self.probes: list[Call] = []
-        self.strays: list[Call] = []
         self.connections = 0
         """Connections ever made."""
         self._connections: set[_Connection] = set()
@@ -382,6 +379,13 @@ class Upstream:
         await self._server.wait_closed()
         if self._failures:
             raise BaseExceptionGroup("a script failed", self._failures)
+
+    def play(self, *scripts: Script) -> None:
+        """Forget the calls so far, and play these from now on: one service may serve many tests."""
+        self.scripts = list(scripts) or [stream("Hello", ", ", "world")]
+        self.calls: list[Call] = []
+        self.probes: list[Call] = []
+        self.strays: list[Call] = []
 
     @property
     def open(self) -> int:
