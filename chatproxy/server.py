@@ -7,16 +7,22 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
+import httptools
 import uvicorn
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from chatproxy.app import create_app
 from chatproxy.config import Settings
-from chatproxy.errors import Draining
+from chatproxy.errors import ChatError, Draining, HeadersTooLarge, InvalidHTTP
+from chatproxy.middleware import MAX_HEAD_BYTES
+from chatproxy.schemas import encode_error
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +33,9 @@ SEND_BUFFER = 65_536
 # nginx keeps connections to us for 60 s; ours must not close first, under a request on its way.
 KEEP_CONNECTION = 75
 
+# A request's head is a few hundred bytes. (Browsers open connections in advance, and don't mind when they are closed.)
+HEAD_TIMEOUT = 20.0
+
 # For the last events to be written, once the time to drain is over.
 LAST_WORDS = 1.0
 
@@ -36,12 +45,96 @@ def listen(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     sock = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    # asyncio forgets this for such a socket (uvloop does not), and tokens would wait for acknowledgements.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         # An ASGI application cannot abort its socket, but Linux does: when what was sent is not
         # acknowledged, or the reader's window stays shut, for so long. The reader's connection is
         # then lost like any other.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(settings.write_timeout * 1000))
     return sock
+
+
+class Connection(HttpToolsProtocol):
+    """uvicorn's, but the answer that is running is told at once that its caller has left, and requests have bounds.
+
+    uvicorn tells the request that arrived last, which may be one that still waits for its turn; and where the caller
+    has only closed its side, not before all that was written is taken. And it would read a request's head without end,
+    and wait for it for ever.
+    """
+
+    _running: RequestResponseCycle | None = None
+    _clock: asyncio.TimerHandle | None = None
+    _spare = MAX_HEAD_BYTES  # so many bytes may still come that are no body
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def eof_received(self) -> None:
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.eof_received()
+        self._stop_clock()
+        super().connection_lost(exc)
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in uvicorn
+        super().connection_made(transport)
+        self._clock = self.loop.call_later(HEAD_TIMEOUT, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        self._spare -= len(data)
+        super().data_received(data)
+        if self._spare < 0:
+            self._refuse(HeadersTooLarge())
+        elif self._clock is None and self._at_rest():  # a part of a head, or what is left of a refused body
+            self._clock = self.loop.call_later(HEAD_TIMEOUT, self.transport.close)
+
+    def on_message_begin(self) -> None:
+        self._spare = MAX_HEAD_BYTES
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._stop_clock()
+        self._spare = MAX_HEAD_BYTES  # for chunk sizes and trailers
+        if not self.url.startswith(b"/"):
+            # RFC 9112, 3.2.2: the host that counts is the one in the target, whatever the Host header says.
+            target = httptools.parse_url(self.url)
+            self.headers[:] = [header for header in self.headers if header[0] != b"host"]
+            self.headers.append(
+                (b"host", target.host if target.port is None else b"%b:%d" % (target.host, target.port))
+            )
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._spare += 8 * len(body)  # a chunk of one byte takes six
+        super().on_body(body)
+
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 -- uvicorn's text is not ours
+        self._refuse(InvalidHTTP())
+
+    def _refuse(self, error: ChatError) -> None:
+        """Answer what will never be a request, unless an answer to an earlier one is on its way, and hang up."""
+        if self._at_rest():
+            request_id = secrets.token_hex(16)
+            body = encode_error(error, request_id)
+            head = (
+                f"HTTP/1.1 {error.status} Refused\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+                f"Connection: close\r\nX-Request-ID: {request_id}\r\n\r\n"
+            )
+            self.transport.write(head.encode() + body)
+        self.transport.close()
+
+    def _at_rest(self) -> bool:
+        return self._running is None or self._running.response_complete
+
+    def _stop_clock(self) -> None:
+        if self._clock is not None:
+            self._clock.cancel()
+            self._clock = None
 
 
 class Server(uvicorn.Server):
@@ -52,6 +145,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 create_app(settings),
+                http=Connection,
                 lifespan="on",
                 log_config=None,
                 access_log=False,
