@@ -6,7 +6,7 @@ Does not know what an event means, nor where events come from.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from chatproxy.errors import CallerLeft, ChatError, InternalError
 from chatproxy.interrupt import Interruptible
 from chatproxy.metrics import Metrics
 from chatproxy.schemas import encode, encode_error
-from chatproxy.services.relay import Report, failed
+from chatproxy.services.relay import Report, Step, failed
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class EventSourceResponse(StreamingResponse):
 
     def __init__(
         self,
-        events: AsyncGenerator[Sequence[bytes], None],
+        events: AsyncGenerator[Step, None],
         settings: Settings,
         metrics: Metrics,
         upstream: "Timed | None" = None,
@@ -130,10 +130,10 @@ class EventSourceResponse(StreamingResponse):
         self._hold_until = self._loop.time() + self._settings.status_hold
         self._timer = self._loop.call_later(min(self._settings.status_hold, self._settings.keep_alive), self._tick)
         try:
-            with Watch(receive):
-                async with aclosing(self._events):
+            # What is left to do when the last event is written, nobody waits for: so it is not watched.
+            async with aclosing(self._events):
+                with Watch(receive):
                     await self._write_events(exchange)
-                await self._send({"type": "http.response.body", "body": b"", "more_body": False})
         except CallerLeft as left:
             if self._upstream is not None:
                 self._metrics.hang_up.observe(self._loop.time() - left.at)
@@ -146,16 +146,18 @@ class EventSourceResponse(StreamingResponse):
     async def _write_events(self, exchange: Exchange) -> None:
         writes = 0
         try:
-            async for frames in self._events:
+            async for frames, last in self._events:
                 if not self._started:
                     self._started = True
                     await self._start()
                 if frames:
-                    await self._write(b"".join(frames))
+                    await self._write(b"".join(frames), last)
                     if self._upstream is not None:
                         if not writes % SAMPLED:
                             self._metrics.overhead.observe(time.perf_counter() - self._upstream.read_at)
                         writes += 1
+                if last:
+                    return
         except ChatError as error:
             if not self._started:
                 raise
@@ -165,26 +167,30 @@ class EventSourceResponse(StreamingResponse):
                 raise
             log.exception("a stream ended by a mistake of ours")
             await self._fail(InternalError(), exchange)
+        else:
+            await self._write(b"", last=True)
 
     async def _fail(self, error: ChatError, exchange: Exchange) -> None:
         exchange.fail(error)
-        await self._write(failed(error, exchange.request_id))
+        await self._write(failed(error, exchange.request_id), last=True)
 
     async def _start(self) -> None:
         await self._send_start({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         self._wrote_at = self._loop.time()
 
-    async def _write(self, body: bytes) -> None:
+    async def _write(self, body: bytes, last: bool) -> None:
         if self._beat is not None:
             await self._beat
             self._beat = None
+        if last:
+            self._timer.cancel()
         self._writing = True
-        await self._send_body(body)
+        await self._send({"type": "http.response.body", "body": body, "more_body": not last})
         self._writing = False
-
-    async def _send_body(self, body: bytes) -> None:
-        await self._send({"type": "http.response.body", "body": body, "more_body": True})
         self._wrote_at = self._loop.time()
+
+    async def _keep_alive(self) -> None:
+        await self._send({"type": "http.response.body", "body": sse.KEEP_ALIVE, "more_body": True})
 
     def _tick(self) -> None:
         """One timer for the hold and then for the silence; it looks at the time only when it fires."""
@@ -198,7 +204,7 @@ class EventSourceResponse(StreamingResponse):
         elif self._started and now >= self._wrote_at + self._settings.keep_alive:
             self._wrote_at = now
             if self._beat is None and not self._writing:
-                self._beat = self._loop.create_task(self._send_body(sse.KEEP_ALIVE))
+                self._beat = self._loop.create_task(self._keep_alive())
         silent_until = self._wrote_at + self._settings.keep_alive
         due = silent_until if self._started else min(self._hold_until, now + self._settings.keep_alive)
         self._timer = self._loop.call_at(due, self._tick)

@@ -179,6 +179,7 @@ class Completion(Interruptible):
     def __init__(self, grok: Grok, chat: Chat, client: str | None, traceparent: str | None) -> None:
         super().__init__()
         self.client = client
+        self.done = False  # Grok has said `[DONE]`
         self.read_at = 0.0  # when the last chunks came (perf_counter)
         self._grok = grok
         self._chat = chat
@@ -216,7 +217,7 @@ class Completion(Interruptible):
     ) -> None:
         """Hang up; but after Grok's `[DONE]` read to the end of the body, so that the connection is kept."""
         try:
-            if kind is None and isinstance(self._end, StopAsyncIteration):
+            if kind in (None, GeneratorExit) and self.done:
                 self._waiting_since = self._loop.time()
                 self._be_patient(FINISH_GRACE, IdleTimeout)
                 with contextlib.suppress(httpx.TransportError, ChatError), self:
@@ -330,6 +331,7 @@ class Completion(Interruptible):
         try:
             for data in self._decoder.feed(piece):
                 if data == b"[DONE]":
+                    self.done = True
                     self._end = StopAsyncIteration()
                     break
                 chunk = decode_chunk(data)
@@ -388,7 +390,7 @@ class Completion(Interruptible):
         if self._timer is not None:
             self._timer.cancel()
         self._grok.running.discard(self)
-        if isinstance(self._end, StopAsyncIteration):
+        if self.done:
             await self._close()
         else:
             await asyncio.shield(self._close())  # a second cancellation must not leave the connection open

@@ -4,8 +4,9 @@ Does not know where chunks come from, where events go, or what time it is.
 """
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
+from typing import Protocol
 
 from msgspec import Raw
 
@@ -65,16 +66,27 @@ class Report:
         }
 
 
-Upstream = AbstractAsyncContextManager[AsyncIterator[list[Chunk]]]
+class Reads(Protocol):
+    """The chunks of an answer, read by read; `done` once Grok has said `[DONE]`, with the last of them."""
+
+    done: bool
+
+    def __aiter__(self) -> AsyncIterator[list[Chunk]]: ...
+
+
+Frame = Callable[[str, str | None], bytes]
+
+# Frames to be written now, and whether they are the last.
+Step = tuple[Sequence[bytes], bool]
 
 
 async def relay(
-    upstream: Upstream,
+    upstream: AbstractAsyncContextManager[Reads],
     report: Report,
     include: Collection[str] = (),
-    frame: Callable[[str, str | None], bytes] = sse.encode,
-) -> AsyncGenerator[list[bytes], None]:
-    """Yields frames: for each read of Grok's stream those that came in it (maybe none), then the end.
+    frame: Frame = sse.encode,
+) -> AsyncGenerator[Step, None]:
+    """Yields for each read of Grok's stream the frames that came in it (maybe none), the end with the last.
 
     A failure before the first chunk is raised as ChatError, for there is still a status line to
     say it with. After it every failure is an event, and every end exactly one of contract B8's.
@@ -84,10 +96,10 @@ async def relay(
     finish_reason: str | None = None
     usage = Raw()
     error: ChatError | None = None
+    frames: list[bytes] = []
     async with upstream as reads:
         try:
             async for chunks in reads:
-                frames = []
                 for chunk in chunks:
                     if chunk.usage and bytes(chunk.usage) != b"null":
                         usage = chunk.usage  # cumulative where it comes more than once
@@ -108,7 +120,10 @@ async def relay(
                         for data in content.feed(delta.content):
                             frames.append(frame(data, None))
                 report.model = chunks[-1].model or report.model
-                yield frames
+                if reads.done:
+                    break
+                yield frames, False
+                frames = []
         except ChatError as failure:
             if finish_reason is None:  # what a Grok that has finished does afterwards changes nothing
                 error = failure
@@ -116,20 +131,19 @@ async def relay(
         if error is None and not report.deltas:
             error = EmptyAnswer()
         report.usage = _read_usage(usage)
-        last = []
         if "finish" in include and (error is None or finish_reason or usage):
             finish = Finish(finish_reason, report.model, usage or Raw(b"null"))
-            last.append(frame(encode(finish).decode(), "finish"))
+            frames.append(frame(encode(finish).decode(), "finish"))
         if error is None:
             report.end = "done"
-            last.append(frame(sse.DONE, None))
+            frames.append(frame(sse.DONE, None))
         else:
             report.fail(error)
-            last.append(failed(error, report.request_id, frame))
-        yield last
+            frames.append(failed(error, report.request_id, frame))
+        yield frames, True
 
 
-def failed(error: ChatError, request_id: str, frame: Callable[[str, str | None], bytes] = sse.encode) -> bytes:
+def failed(error: ChatError, request_id: str, frame: Frame = sse.encode) -> bytes:
     """The frame that tells a failure after the status line."""
     return frame(encode_error(error, request_id).decode(), "error")
 

@@ -26,7 +26,7 @@ from chatproxy.errors import (
     StreamNotFound,
 )
 from chatproxy.metrics import Metrics
-from chatproxy.services.relay import Report, failed
+from chatproxy.services.relay import Frame, Report, Step, failed
 
 log = logging.getLogger(__name__)
 
@@ -167,9 +167,6 @@ class Upstream(Protocol):
     def interrupt(self, error: Exception) -> None: ...
 
 
-Frame = Callable[[str, str | None], bytes]
-
-
 class Answer:
     """One resumable answer, from its request until it is forgotten."""
 
@@ -219,7 +216,7 @@ class Streams:
 
     def start(
         self,
-        events: Callable[[Frame], AsyncGenerator[list[bytes], None]],
+        events: Callable[[Frame], AsyncGenerator[Step, None]],
         upstream: Upstream,
         report: Report,
         key: tuple[str, str] | None = None,
@@ -245,17 +242,17 @@ class Streams:
                 raise answer.refused
             answer.told = True
 
-    async def follow(self, answer: Answer, hold: float) -> AsyncGenerator[Sequence[bytes], None]:
+    async def follow(self, answer: Answer, hold: float) -> AsyncGenerator[Step, None]:
         """The answer from its start, for the caller who asked. Raises ChatError before the first frame."""
         await self.decide(answer, hold)
-        async with aclosing(self.replay(answer, 0)) as batches:
-            async for batch in batches:
-                yield batch
+        async with aclosing(self.replay(answer, 0)) as steps:
+            async for step in steps:
+                yield step
 
-    async def replay(self, answer: Answer, after: int) -> AsyncGenerator[Sequence[bytes], None]:
+    async def replay(self, answer: Answer, after: int) -> AsyncGenerator[Step, None]:
         """What comes after that number: first what is kept, then what is still to come."""
         with self._reading(answer):
-            yield [sse.opening(f"{answer.id}-{after}", RECONNECTION_TIME)]
+            yield [sse.opening(f"{answer.id}-{after}", RECONNECTION_TIME)], False
             try:
                 if after == NOTHING_AFTER:
                     raise ReplayLost
@@ -263,10 +260,11 @@ class Streams:
                     async for batch in batches:
                         after += len(batch)
                         answer.read = max(answer.read, after)
-                        yield batch
+                        yield batch, False
             except (ReplayLost, StreamNotFound):
                 id = f"{answer.id}-{NOTHING_AFTER}"
-                yield [failed(ReplayLost(), answer.report.request_id, lambda data, type: sse.encode(data, type, id))]
+                lost = failed(ReplayLost(), answer.report.request_id, lambda data, type: sse.encode(data, type, id))
+                yield [lost], True
 
     async def position(self, answer: Answer, last_event_id: str) -> tuple[int, bool]:
         """The number in that id, and whether anything comes after it. Raises InvalidLastEventID, StreamNotFound."""
@@ -291,13 +289,13 @@ class Streams:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _own(self, answer: Answer, events: AsyncGenerator[list[bytes], None]) -> None:
+    async def _own(self, answer: Answer, events: AsyncGenerator[Step, None]) -> None:
         """Read an answer to its end, keep it, and forget it in the end."""
         store, report = self._store, answer.report
         await store.open(answer.id)
         try:
             async with aclosing(events):
-                async for frames in events:
+                async for frames, _ in events:
                     await store.append(answer.id, frames)
                     answer.written += len(frames)
                     answer.decided.set()
