@@ -26,7 +26,7 @@
 * `refusal(response)`, `failure(event, response)`: the error of an answer, of an `event: error`; checked to be whole.
 
 Unless changed: a key, no retries other than the defaults, HOST=127.0.0.1, and a port that is free.
-With REQUIRE_ALL=1 a skipped test is a failed one.
+A test that makes anything log a traceback fails. With REQUIRE_ALL=1 a skipped test is a failed one.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ import os
 import random
 import socket
 import sys
-from collections.abc import AsyncIterator, Generator, Mapping
+from collections.abc import AsyncIterator, Generator, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -341,6 +341,13 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def _no_tracebacks(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Nothing that a test does makes anything log a traceback; one who means to can `caplog.clear()`."""
+    yield
+    assert [record for when in ("setup", "call") for record in caplog.get_records(when) if record.exc_info] == []
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@
 One script is played per chat call, in order; the last one is played for every call after it. A script is an iterable
 of steps, or a function from the `Call` to one (for endless or one-shot iterators). A step is one of
 
-    bytes           written as they are, in one write that the kernel has taken before the next step begins
+    bytes           written as they are, in one write that the kernel has taken before the next step begins;
+                    for a service in the same loop one step is one read
     float           a pause in seconds
     Gate()          played until here: `gate.reached` is set; goes on once the test calls `gate.open()`
     HANG            nothing more, until the caller leaves
@@ -329,7 +330,9 @@ class _Connection(asyncio.Protocol):
                     self._transport.write(step)
                     await self._writable.wait()
                     call.sent += len(step)
-                    await asyncio.sleep(0)  # the reader's turn: one step is one read there
+                    # Two turns of the loop, for a reader in it: in the first the bytes are seen, in the second read.
+                    await asyncio.sleep(0)
+                    await asyncio.sleep(0)
                 case float() | int():
                     await asyncio.sleep(step)
                 case Gate():

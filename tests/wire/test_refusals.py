@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
-from tests.conftest import KEY, Local, refusal, serving
+from tests.conftest import KEY, PATIENCE, Local, refusal, serving
+from tests.readers import answer
 from tests.upstream import (
     CLOSE,
     EVENT_STREAM,
@@ -29,6 +30,7 @@ from tests.upstream import (
     raw,
     refusing,
     sse,
+    stream,
     unreachable,
 )
 from tests.upstream import DONE as DONE_FRAME
@@ -111,6 +113,7 @@ ANSWERS: dict[str, tuple[Script, Expected]] = {
     "503 at capacity": (said(503, "The model is at capacity.", UNAVAILABLE), overloaded(1)),
     "503 with a time": (said(503, "The model is at capacity.", UNAVAILABLE, Retry_After="9"), overloaded(9)),
     "503 HTML": (error(503, HTML), overloaded(1)),
+    "503 as an event stream": ([head(503) + frame(chunk({"content": "canary"})), CLOSE], overloaded(1)),
     "529": (error(529, HTML, {"Retry-After": "60"}), overloaded(60)),
     "500": (said(500, "", "internal"), FAILED),
     "502": (error(502, HTML), FAILED),
@@ -169,6 +172,20 @@ def told(response: httpx.Response) -> Expected:
         assert hidden not in response.text
         assert hidden not in str(response.headers)
     return response.status_code, refusal(response)["code"], response.headers.get("Retry-After")
+
+
+async def test_left_alone(grok: Upstream) -> None:
+    """While Grok wants to be left alone, callers are told for how long, without a call; then it is asked again."""
+    grok.play(said(429, "Too many requests.", EXHAUSTED, Retry_After="2"), stream("ok"))
+    async with serving(grok.url, grok_retries=0) as service, asyncio.timeout(PATIENCE):
+        assert told(await service.ask()) == limited(2)
+        assert told(await service.ask()) == limited(2)
+        while (response := await service.ask()).status_code == 429:
+            assert told(response)[2] in ("1", "2")
+            assert len(grok.calls) == 1
+            await asyncio.sleep(0.2)  # nothing but time will change this
+    assert answer(response.content) == "ok"
+    assert grok.calls[1].arrived_at - grok.calls[0].arrived_at > 1.9
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
