@@ -58,6 +58,11 @@ class RequestError(ChatError):
     type = "request_error"
 
 
+class InvalidHTTP(RequestError):
+    status, code = 400, "invalid_http"
+    message = "This is not a valid HTTP request."
+
+
 class InvalidJSON(RequestError):
     status, code = 400, "invalid_json"
     message = "The request body is not valid JSON in UTF-8, or is nested too deeply."

@@ -7,7 +7,11 @@ import json
 import logging
 import time
 import traceback
+from contextvars import ContextVar
 from types import TracebackType
+
+# The request that is being served, or whose answer is being read: each line written meanwhile names it.
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
 
@@ -28,7 +32,8 @@ class _Formatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        fields |= {name: value for name, value in vars(record).items() if name not in _STANDARD and value is not None}
+        extra = {"request_id": request_id.get(), **vars(record)}
+        fields |= {name: value for name, value in extra.items() if name not in _STANDARD and value is not None}
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
         return fields

@@ -10,12 +10,14 @@ import time
 from collections.abc import Mapping
 from functools import lru_cache
 from ipaddress import ip_address
+from itertools import chain
 from urllib.parse import urlsplit
 
 from starlette._utils import get_route_path
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from chatproxy import logs
 from chatproxy.config import Settings, origin
 from chatproxy.errors import (
     CallerLeft,
@@ -23,6 +25,7 @@ from chatproxy.errors import (
     HeadersTooLarge,
     HostNotAllowed,
     InternalError,
+    NotFound,
     OriginNotAllowed,
 )
 from chatproxy.metrics import Metrics
@@ -31,6 +34,7 @@ from chatproxy.responses import ErrorResponse, Exchange
 log = logging.getLogger(__name__)
 
 MAX_HEADERS = 100
+MAX_HEAD_BYTES = 65_536
 
 HEALTH = ("/healthz", "/readyz")
 
@@ -66,6 +70,7 @@ class Door:
         request_id = headers.get("x-request-id", "")
         if not _SANE_ID.fullmatch(request_id):
             request_id = secrets.token_hex(16)
+        logs.request_id.set(request_id)
         exchange = scope["state"]["exchange"] = Exchange(request_id, send)
         extra = [(b"x-request-id", request_id.encode())]
 
@@ -88,7 +93,7 @@ class Door:
         except CallerLeft:
             exchange.left = True
         except Exception:
-            log.exception("a request failed by a mistake of ours", extra={"request_id": request_id})
+            log.exception("a request failed by a mistake of ours")
             exchange.fail(InternalError())
             if not exchange.status:
                 await ErrorResponse(InternalError(), request_id)(scope, receive, send_with_headers)
@@ -97,9 +102,12 @@ class Door:
 
     def _check(self, scope: Scope, headers: Mapping[str, str]) -> None:
         """Refuse, before the body is read, what no honest caller sends. Raises ChatError."""
-        if len(scope["headers"]) > MAX_HEADERS:
+        head = chain((scope["raw_path"], scope["query_string"]), *scope["headers"])
+        if len(scope["headers"]) > MAX_HEADERS or sum(map(len, head)) > MAX_HEAD_BYTES:
             raise HeadersTooLarge
         path = get_route_path(scope)
+        if path.endswith("\n"):  # Starlette's patterns overlook it, and a proxy that keeps /metrics back might, too
+            raise NotFound
         if path not in HEALTH and not self._known_host(headers.get("host", "")):
             raise HostNotAllowed
         if path.startswith("/api/") and not self._welcome(headers):

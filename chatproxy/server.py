@@ -12,8 +12,8 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from urllib.parse import urlsplit
 
-import httptools
 import uvicorn
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -64,7 +64,6 @@ class Connection(HttpToolsProtocol):
     """
 
     _running: RequestResponseCycle | None = None
-    _clock: asyncio.TimerHandle | None = None
     _spare = MAX_HEAD_BYTES  # so many bytes may still come that are no body
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
@@ -78,35 +77,32 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.eof_received()
-        self._stop_clock()
+        self._clock.cancel()
         super().connection_lost(exc)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in uvicorn
         super().connection_made(transport)
-        self._clock = self.loop.call_later(HEAD_TIMEOUT, transport.close)
+        self._await_head()
 
     def data_received(self, data: bytes) -> None:
         self._spare -= len(data)
         super().data_received(data)
-        if self._spare < 0:
+        if self._spare < 0 and not self.transport.is_closing():
             self._refuse(HeadersTooLarge())
-        elif self._clock is None and self._at_rest():  # a part of a head, or what is left of a refused body
-            self._clock = self.loop.call_later(HEAD_TIMEOUT, self.transport.close)
+        elif self._clock.cancelled() and (self._running is None or self._running.response_complete):
+            self._await_head()  # this was a part of one, or of a body that was refused
 
     def on_message_begin(self) -> None:
         self._spare = MAX_HEAD_BYTES
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        self._stop_clock()
+        self._clock.cancel()
         self._spare = MAX_HEAD_BYTES  # for chunk sizes and trailers
         if not self.url.startswith(b"/"):
             # RFC 9112, 3.2.2: the host that counts is the one in the target, whatever the Host header says.
-            target = httptools.parse_url(self.url)
-            self.headers[:] = [header for header in self.headers if header[0] != b"host"]
-            self.headers.append(
-                (b"host", target.host if target.port is None else b"%b:%d" % (target.host, target.port))
-            )
+            target = urlsplit(self.url)
+            self.headers[:] = [(b"host", target.netloc), *(field for field in self.headers if field[0] != b"host")]
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -117,8 +113,8 @@ class Connection(HttpToolsProtocol):
         self._refuse(InvalidHTTP())
 
     def _refuse(self, error: ChatError) -> None:
-        """Answer what will never be a request, unless an answer to an earlier one is on its way, and hang up."""
-        if self._at_rest():
+        """Answer what will never be a request, unless an answer is on its way, and hang up."""
+        if self._running is None or self._running.response_complete or not self._running.response_started:
             request_id = secrets.token_hex(16)
             body = encode_error(error, request_id)
             head = (
@@ -128,13 +124,8 @@ class Connection(HttpToolsProtocol):
             self.transport.write(head.encode() + body)
         self.transport.close()
 
-    def _at_rest(self) -> bool:
-        return self._running is None or self._running.response_complete
-
-    def _stop_clock(self) -> None:
-        if self._clock is not None:
-            self._clock.cancel()
-            self._clock = None
+    def _await_head(self) -> None:
+        self._clock = self.loop.call_later(HEAD_TIMEOUT, self.transport.close)
 
 
 class Server(uvicorn.Server):
