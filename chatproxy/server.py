@@ -7,22 +7,17 @@ import asyncio
 import contextlib
 import logging
 import os
-import secrets
 import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from urllib.parse import urlsplit
 
 import uvicorn
-from uvicorn._types import ASGI3Application
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from chatproxy.app import create_app
 from chatproxy.config import Settings
-from chatproxy.errors import ChatError, Draining, HeadersTooLarge, InvalidHTTP
-from chatproxy.middleware import MAX_HEAD_BYTES
-from chatproxy.schemas import encode_error
+from chatproxy.connection import Connection
+from chatproxy.errors import Draining
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +27,6 @@ SEND_BUFFER = 65_536
 
 # nginx keeps connections to us for 60 s; ours must not close first, under a request on its way.
 KEEP_CONNECTION = 75
-
-# A request's head is a few hundred bytes. (Browsers open connections in advance, and don't mind when they are closed.)
-HEAD_TIMEOUT = 20.0
 
 # For the last events to be written, once the time to drain is over.
 LAST_WORDS = 1.0
@@ -53,79 +45,6 @@ def listen(settings: Settings) -> socket.socket:
         # then lost like any other.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(settings.write_timeout * 1000))
     return sock
-
-
-class Connection(HttpToolsProtocol):
-    """uvicorn's, but the answer that is running is told at once that its caller has left, and requests have bounds.
-
-    uvicorn tells the request that arrived last, which may be one that still waits for its turn; and where the caller
-    has only closed its side, not before all that was written is taken. And it would read a request's head without end,
-    and wait for it for ever.
-    """
-
-    _running: RequestResponseCycle | None = None
-    _spare = MAX_HEAD_BYTES  # so many bytes may still come that are no body
-
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        self._running = cycle
-        super()._start_asgi_task(cycle, app)
-
-    def eof_received(self) -> None:
-        if self._running is not None and not self._running.response_complete:
-            self._running.disconnected = True
-            self._running.message_event.set()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.eof_received()
-        self._clock.cancel()
-        super().connection_lost(exc)
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in uvicorn
-        super().connection_made(transport)
-        self._await_head()
-
-    def data_received(self, data: bytes) -> None:
-        self._spare -= len(data)
-        super().data_received(data)
-        if self._spare < 0 and not self.transport.is_closing():
-            self._refuse(HeadersTooLarge())
-        elif self._clock.cancelled() and (self._running is None or self._running.response_complete):
-            self._await_head()  # this was a part of one, or of a body that was refused
-
-    def on_message_begin(self) -> None:
-        self._spare = MAX_HEAD_BYTES
-        super().on_message_begin()
-
-    def on_headers_complete(self) -> None:
-        self._clock.cancel()
-        self._spare = MAX_HEAD_BYTES  # for chunk sizes and trailers
-        if not self.url.startswith(b"/"):
-            # RFC 9112, 3.2.2: the host that counts is the one in the target, whatever the Host header says.
-            target = urlsplit(self.url)
-            self.headers[:] = [(b"host", target.netloc), *(field for field in self.headers if field[0] != b"host")]
-        super().on_headers_complete()
-
-    def on_body(self, body: bytes) -> None:
-        self._spare += 8 * len(body)  # a chunk of one byte takes six
-        super().on_body(body)
-
-    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 -- uvicorn's text is not ours
-        self._refuse(InvalidHTTP())
-
-    def _refuse(self, error: ChatError) -> None:
-        """Answer what will never be a request, unless an answer is on its way, and hang up."""
-        if self._running is None or self._running.response_complete or not self._running.response_started:
-            request_id = secrets.token_hex(16)
-            body = encode_error(error, request_id)
-            head = (
-                f"HTTP/1.1 {error.status} Refused\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-                f"Connection: close\r\nX-Request-ID: {request_id}\r\n\r\n"
-            )
-            self.transport.write(head.encode() + body)
-        self.transport.close()
-
-    def _await_head(self) -> None:
-        self._clock = self.loop.call_later(HEAD_TIMEOUT, self.transport.close)
 
 
 class Server(uvicorn.Server):

@@ -471,7 +471,7 @@ async def test_slow_body(grok: Upstream, service: Local, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("sent", [b"", b"\r\n", b"GET /healthz HTTP/1.1\r\nHo", request()[:60]])
 async def test_slow_head(service: Local, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
     """A connection on which no request comes is closed, the first as any other."""
-    monkeypatch.setattr("chatproxy.server.HEAD_TIMEOUT", 0.2)
+    monkeypatch.setattr("chatproxy.connection.HEAD_TIMEOUT", 0.2)
     async with service.caller() as caller:
         await caller.send(sent)
         assert await caller.rest() == b""
@@ -485,7 +485,7 @@ async def test_slow_head(service: Local, monkeypatch: pytest.MonkeyPatch, sent: 
 
 async def test_head_that_comes_in_time(grok: Upstream, service: Local, monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock is for heads: neither an answer nor the silence between two requests is cut by it."""
-    monkeypatch.setattr("chatproxy.server.HEAD_TIMEOUT", 0.1)
+    monkeypatch.setattr("chatproxy.connection.HEAD_TIMEOUT", 0.1)
     grok.play(stream("a", 0.2, "b"))
     async with service.caller() as caller:
         for _ in range(2):
