@@ -73,20 +73,21 @@ class Finish(Struct):
     usage: Annotated[Raw, Meta(extra_json_schema={"type": ["object", "null"]})]
 
 
-# What Grok sends. Of each chunk only what is used is decoded; all of it may be missing or null.
+# What Grok sends. Of each chunk only what is used is decoded; all of it may be missing or null. (gc=False: there are
+# many of them, and none is part of a cycle.)
 
 
-class Delta(Struct):
+class Delta(Struct, gc=False):
     content: str | None = None
     reasoning_content: str | None = None
 
 
-class Choice(Struct):
+class Choice(Struct, gc=False):
     delta: Delta | None = None
     finish_reason: str | None = None
 
 
-class Chunk(Struct):
+class Chunk(Struct, gc=False):
     """A chat completion chunk, or the error that Grok sends in a chunk's place."""
 
     choices: list[Choice] | None = None

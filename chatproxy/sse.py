@@ -63,19 +63,17 @@ class Decoder:
             lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")  # 9.2.5: one byte order mark is no content
 
         events: list[bytes] = []
-        data = self._data
+        data, size = self._data, self._data_size
         for line in lines:
-            if not line:
-                # 9.2.6: an event without a data line is not dispatched.
-                if data:
-                    events.append(data[0] if len(data) == 1 else b"\n".join(data))
-                    data.clear()
-                    self._data_size = 0
-            elif line.startswith(b"data:") or line == b"data":
+            if line.startswith(b"data:") or line == b"data":
                 data.append(line[6:] if line[5:6] == b" " else line[5:])
-                self._data_size += len(line)
-                if self._data_size > MAX_EVENT_BYTES:
+                size += len(line)
+                if size > MAX_EVENT_BYTES:
                     raise TooLong
+            elif not line and data:  # 9.2.6: an event without a data line is not dispatched
+                events.append(data[0] if len(data) == 1 else b"\n".join(data))
+                data, size = [], 0
+        self._data, self._data_size = data, size
         return events
 
 
