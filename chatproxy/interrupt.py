@@ -10,7 +10,7 @@ from types import TracebackType
 class Interruptible:
     """A region of awaits that `interrupt` can end with an exception, from any task or timer.
 
-    An interrupt outside of the region is kept for the next entry. The region must not hold a
+    An interrupt from outside of the region, or by whoever is in it, is kept for the next entry. The region must not hold a
     `yield` (PEP 789): enter it around each wait. A cancellation from elsewhere stays one.
     """
 
@@ -24,7 +24,7 @@ class Interruptible:
         """Raise `error` in the region. Only the first call counts."""
         if self._error is None:
             self._error = error
-            if self._task is not None:
+            if self._task is not None and self._task is not asyncio.current_task():
                 self._task.cancel()
 
     def __enter__(self) -> None:

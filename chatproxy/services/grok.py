@@ -209,7 +209,8 @@ class Completion(Interruptible):
         except BaseException:
             await self._leave()
             raise
-        self._be_patient(settings.idle_timeout, IdleTimeout)
+        if not self._finished:
+            self._be_patient(settings.idle_timeout, IdleTimeout)
         return self
 
     async def __aexit__(
@@ -249,8 +250,10 @@ class Completion(Interruptible):
         return chunks
 
     def _be_patient(self, seconds: float, too_late: type[ChatError]) -> None:
-        """From now on each wait for chunks may take so long."""
+        """From now on a wait for chunks may take so long, beginning anew with the one that is going on."""
         self._patience, self._too_late = seconds, too_late
+        if self._waiting_since is not None:
+            self._waiting_since = self._loop.time()
         self._tick()
 
     def _tick(self) -> None:
