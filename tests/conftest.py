@@ -23,6 +23,7 @@
 * `grok` and `service`: fixtures, one of each for a whole test module, with nothing changed. Starting and stopping a
   service takes 0.2 s, so prefer them where the settings allow: `grok.play(stream("a"))`, then `service.ask()`. A module
   may define its own `service` with other settings.
+* `from_recordings(parameters)`: test parameters made from the directory of recorded answers, or one that is skipped.
 * `refusal(response)`, `failure(event, response)`: the error of an answer, of an `event: error`; checked to be whole.
 
 Unless changed: a key, no retries other than the defaults, HOST=127.0.0.1, and a port that is free.
@@ -35,13 +36,14 @@ import os
 import random
 import socket
 import sys
-from collections.abc import AsyncIterator, Generator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from _pytest.mark import ParameterSet
 
 from chatproxy import config
 from chatproxy.server import Server
@@ -63,6 +65,13 @@ def environment(upstream_url: str, **changes: object) -> dict[str, str]:
         for name, value in values.items()
         if value is not None
     }
+
+
+def from_recordings(parameters: Callable[[Path], Iterable[ParameterSet]]) -> list[ParameterSet]:
+    """What is made of the directory that XAI_RECORDINGS names; without it one parameter that is skipped."""
+    directory = os.environ.get("XAI_RECORDINGS")
+    skip = pytest.mark.skip(reason="XAI_RECORDINGS names no directory of recordings")
+    return [*parameters(Path(directory))] if directory else [pytest.param(None, marks=skip, id="none")]
 
 
 def refusal(response: httpx.Response) -> dict[str, Any]:

@@ -342,7 +342,7 @@ class _Connection(asyncio.Protocol):
                 case Signal.CLOSE:
                     self._finish(call)
                     self._transport.close()
-                case Signal.RESET:
+                case _:  # RESET
                     self._finish(call)
                     self._transport.get_extra_info("socket").setsockopt(
                         socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE

@@ -90,7 +90,7 @@ async def service(grok: Upstream) -> AsyncIterator[Local]:
 @example(Answer([TEXTS[0], FINISH[0]], CUT[1], HANG, at_once=False))
 @example(Answer([FINISH[0], TEXTS[0]], b"", RESET, at_once=True))
 @example(Answer([TEXTS[0], FAULTS[0], DONE], b"", b"", at_once=True))
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_one_true_ending(grok: Upstream, service: Local, answer: Answer) -> None:
     """A status that says what went wrong, or a 200 with all the text and then one end marker or one error event."""
     steps = [*answer.frames, answer.cut]

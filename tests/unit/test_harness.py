@@ -114,18 +114,23 @@ async def test_upstream_breaks_off(script: Script, failure: type[Exception]) -> 
 
 @pytest.mark.anyio
 async def test_upstream_sees_the_caller_leave() -> None:
-    """A caller who goes while the script runs is noticed; what the kernel has not taken is not counted as sent."""
-    flood = [b"x" * 65_536] * 1000
-    async with Upstream([HANG], raw(*flood)) as grok:
+    """A caller who goes while the script runs is noticed, whether it waits or writes more than is taken."""
+    gate = Gate()
+    async with Upstream([HANG], raw(*[b"x" * 65_536] * 1000, gate)) as grok:
         for index in range(2):
-            _, writer = await asyncio.open_connection("127.0.0.1", grok.port)
-            writer.write(b"POST /v1/chat/completions HTTP/1.1\r\n\r\n")
+            _, writer = await asyncio.open_connection("127.0.0.1", grok.port, limit=1024)
+            writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 2\r\n\r\n{")
+            await grok.until(lambda: grok.open == 1)
+            writer.write(b"}")
             call = await grok.call(index)
-            assert grok.playing == 1
+            assert (grok.playing, call.body) == (1, {})
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await gate.reached.wait()
             writer.close()
-            assert await call.hung_up() >= call.arrived_at
+            assert await call.hung_up() > call.arrived_at
             assert call.sent < 30_000_000
-        await grok.until(lambda: grok.open == 0)
+            await grok.until(lambda: grok.open == 0)
 
 
 @pytest.mark.anyio

@@ -295,6 +295,18 @@ async def test_done(grok: Upstream, service: Local, end: Iterable[Step]) -> None
     assert response.content == b"data: Hello\n\ndata: [DONE]\n\n"
 
 
+async def test_done_after_a_long_wait(grok: Upstream, service: Local) -> None:
+    """A finish that comes late is as good as any, in the first chunk as in the last."""
+    late = 1.3  # longer than what a Grok that has finished is waited for
+    grok.play(
+        sse(TEXT, late, STOP, 0.1, DONE_FRAME),
+        sse(late, frame(chunk({"content": "Hello"}, finish="stop")), DONE_FRAME),
+        sse(TEXT, late, STOP),
+    )
+    for response in await asyncio.gather(*(service.ask() for _ in grok.scripts)):
+        assert answer(response.content) == "Hello"
+
+
 CHUNKS_OF_NO_TEXT = sse(frame(chunk({"role": "assistant", "reasoning_content": "hm"})), STOP, DONE_FRAME)
 FAILED_ENDS = {
     "closed in the middle": ([TEXT, CLOSE], "upstream_cut_off"),

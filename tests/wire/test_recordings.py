@@ -5,7 +5,6 @@ They are read from the directory that XAI_RECORDINGS names.
 
 import hashlib
 import json
-import os
 import random
 from collections.abc import Callable, Iterator
 from itertools import accumulate, pairwise
@@ -13,20 +12,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from _pytest.mark import ParameterSet
 
-from tests.conftest import Local
+from chatproxy.sse import Decoder
+from tests.conftest import Local, from_recordings
 from tests.readers import DONE, READERS, Event, standard
 from tests.upstream import Upstream, sse
 
 pytestmark = pytest.mark.anyio
 
-NONE = pytest.param(None, marks=pytest.mark.skip(reason="XAI_RECORDINGS names no directory of recordings"), id="none")
 
-
-def recordings() -> Iterator[Any]:
-    directory = os.environ.get("XAI_RECORDINGS")
-    paths = sorted(Path(directory).glob("*.sse")) if directory else []
-    yield from (pytest.param(path, id=path.stem) for path in paths) if paths else [NONE]
+def recordings(directory: Path) -> Iterator[ParameterSet]:
+    for path in sorted(directory.glob("*.sse")):
+        yield pytest.param(path, id=path.stem)
 
 
 class Recording(NamedTuple):
@@ -71,7 +69,14 @@ def as_recorded(recording: Recording) -> list[bytes]:
 
 
 def byte_by_byte(recording: Recording) -> list[bytes]:
-    return [recording.body[i : i + 1] for i in range(len(recording.body))]
+    """Single bytes; of a long recording the first and the last 20,000, and the rest as recorded."""
+    pieces, start = [], 0
+    for size in recording.reads:
+        read = recording.body[start : start + size]
+        outer = start < 20_000 or start + size > len(recording.body) - 20_000
+        pieces += [read[i : i + 1] for i in range(size)] if outer else [read]
+        start += size
+    return pieces
 
 
 def at_random(recording: Recording) -> list[bytes]:
@@ -82,7 +87,7 @@ def at_random(recording: Recording) -> list[bytes]:
 
 
 @pytest.mark.parametrize("cut", [as_recorded, byte_by_byte, at_random])
-@pytest.mark.parametrize("path", [*recordings()])
+@pytest.mark.parametrize("path", from_recordings(recordings))
 async def test_recording(grok: Upstream, service: Local, path: Path, cut: Callable[[Recording], list[bytes]]) -> None:
     """One event for each delta, its text unchanged, then the finish, then an end as B8 says."""
     recording = load(path)
@@ -97,7 +102,7 @@ async def test_recording(grok: Upstream, service: Local, path: Path, cut: Callab
         assert is_true(end, recording)
 
 
-@pytest.mark.parametrize("path", [*recordings()])
+@pytest.mark.parametrize("path", from_recordings(recordings))
 async def test_text_alone(grok: Upstream, service: Local, path: Path) -> None:
     """To who asks for nothing else a recording is nothing but its text, and its end."""
     recording = load(path)
@@ -107,6 +112,15 @@ async def test_text_alone(grok: Upstream, service: Local, path: Path) -> None:
         *events, end = reader(response.content)
         assert events == recording.text
         assert is_true(end, recording)
+
+
+@pytest.mark.parametrize("path", from_recordings(recordings))
+def test_every_byte_alone(path: Path) -> None:
+    """The decoder finds the same events when all of a recording comes byte by byte."""
+    body = path.read_bytes()
+    decoder = Decoder()
+    events = [data.decode() for i in range(len(body)) for data in decoder.feed(body[i : i + 1])]
+    assert events == [event.data for event in standard(body)]
 
 
 def is_true(end: Event, recording: Recording) -> bool:

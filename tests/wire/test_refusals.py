@@ -3,7 +3,6 @@
 import asyncio
 import json
 import logging
-import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any, NamedTuple
 
 import httpx
 import pytest
+from _pytest.mark import ParameterSet
 
-from tests.conftest import KEY, PATIENCE, Local, refusal, serving
+from tests.conftest import KEY, PATIENCE, Local, from_recordings, refusal, serving
 from tests.readers import answer
 from tests.upstream import (
     CLOSE,
@@ -321,7 +321,6 @@ async def test_failure_within_the_hold(grok: Upstream, service: Local) -> None:
 
 # The bodies that were recorded or quoted elsewhere.
 
-NO_RECORDINGS = pytest.mark.skip(reason="XAI_RECORDINGS names no directory of recordings")
 RECORDED: dict[str, Expected] = {
     "error-400-bad-key": AUTH,
     "error-400-bad-key-slug": AUTH,
@@ -357,40 +356,35 @@ class Recorded(NamedTuple):
     """Grok's own words, which nobody may see."""
 
 
-def recorded() -> Iterator[Any]:
-    if directory := os.environ.get("XAI_RECORDINGS"):
-        for path in sorted(Path(directory).glob("*.meta.json")):
-            meta = json.loads(path.read_text())
-            if meta["file"].endswith(".json"):
-                body = (path.parent / meta["file"]).read_bytes()
-                answer = error(meta["response"]["status"], json.loads(body))
-                yield pytest.param(Recorded(meta["name"], answer, message(json.loads(body))), id=meta["name"])
-        for quoted in json.loads((Path(directory) / "quoted-errors.json").read_text())["errors"]:
-            name = quoted["name"]
-            if "frame" in quoted:
-                given = Recorded(name, sse(quoted["frame"].encode()), message(json.loads(quoted["frame"][6:])))
-            elif "body_text" in quoted:
-                given = Recorded(name, error(quoted["status"], quoted["body_text"]), "A timeout occurred")
-            else:
-                body = quoted.get("body", {"error": quoted.get("message")})
-                answer = error(quoted["status"], json.dumps(body).encode())
-                given = Recorded(name, answer, message(body))
-            yield pytest.param(given, id=name)
-    else:
-        yield pytest.param(None, marks=NO_RECORDINGS, id="none")
+def recorded(directory: Path) -> Iterator[ParameterSet]:
+    for path in sorted(directory.glob("*.meta.json")):
+        meta = json.loads(path.read_text())
+        if meta["file"].endswith(".json"):
+            body = json.loads((directory / meta["file"]).read_text())
+            given = Recorded(meta["name"], error(meta["response"]["status"], body), message(body))
+            yield pytest.param(given, id=given.name)
+    for quoted in json.loads((directory / "quoted-errors.json").read_text())["errors"]:
+        name, status = quoted["name"], quoted["status"]
+        if "frame" in quoted:
+            given = Recorded(name, sse(quoted["frame"].encode()), message(json.loads(quoted["frame"][6:])))
+        elif "body_text" in quoted:
+            given = Recorded(name, error(status, quoted["body_text"]), "A timeout occurred")
+        else:
+            body = quoted.get("body", {"error": quoted.get("message")})
+            given = Recorded(name, error(status, json.dumps(body).encode()), message(body))
+        yield pytest.param(given, id=name)
 
 
 def message(body: Any) -> str:
-    """The sentence in an error of any of Grok's envelopes; of an answer, its text."""
+    """The sentence in an error of any of Grok's envelopes; of an answer, its reasoning."""
     match body:
-        case str(text) | {"error": str(text)} | {"error": {"message": str(text)}}:
-            return text
-        case {"choices": [{"message": {"reasoning_content": str(text)}}]}:
-            return text
-    raise AssertionError(body)
+        case {"error": {"message": text}} | {"error": text} | {"choices": [{"message": {"reasoning_content": text}}]}:
+            return str(text)
+        case text:
+            return str(text)
 
 
-@pytest.mark.parametrize("given", [*recorded()])
+@pytest.mark.parametrize("given", from_recordings(recorded))
 async def test_recorded(grok: Upstream, service: Local, given: Recorded) -> None:
     """Every error that Grok is known to give has the status and code of the table."""
     grok.play(given.script)
