@@ -83,7 +83,9 @@ class Door:
         try:
             extra += self._cors(headers)
             self._check(scope, headers)
-            if "access-control-request-method" in headers and scope["method"] == "OPTIONS":
+            preflight = scope["method"] == "OPTIONS" and "access-control-request-method" in headers
+            del headers  # an answer may be long
+            if preflight:
                 await Response(status_code=204, headers=_PREFLIGHT)(scope, receive, send_with_headers)
             else:
                 await self.app(scope, receive, send_with_headers)

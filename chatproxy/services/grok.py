@@ -182,13 +182,13 @@ class Completion(Interruptible):
         self.done = False  # Grok has said `[DONE]`
         self.read_at = 0.0  # when the last chunks came (perf_counter)
         self._grok = grok
-        self._chat = chat
+        self._chat: Chat | None = chat
         self._traceparent = traceparent
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._waiting_since: float | None = None
         self._finished = False
-        self._response: httpx.Response | None = None
+        self._stream: httpx.AsyncByteStream | None = None
         self._first: list[Chunk] = []
         self._end: Exception | None = None  # what comes after the chunks that were given
 
@@ -211,6 +211,7 @@ class Completion(Interruptible):
             raise
         if not self._finished:
             self._be_patient(settings.idle_timeout, IdleTimeout)
+        self._chat = None  # it may be large, and the answer long
         return self
 
     async def __aexit__(
@@ -301,8 +302,10 @@ class Completion(Interruptible):
             raise UpstreamRateLimited(retry_after=math.ceil(wait))
         self._decoder = sse.Decoder()
         try:
-            self._response = response = await grok.send(self._chat, self._traceparent)
-            self._pieces = aiter(cast(httpx.AsyncByteStream, response.stream))
+            assert self._chat is not None
+            response = await grok.send(self._chat, self._traceparent)
+            self._stream = cast(httpx.AsyncByteStream, response.stream)
+            self._pieces = aiter(self._stream)
             content_type = response.headers.get("content-type", "")
             if response.status_code != 200 or not content_type.startswith("text/event-stream"):
                 await self._refuse(response)
@@ -377,17 +380,20 @@ class Completion(Interruptible):
     def _describe(self, status: int, body: bytes) -> str:
         """An upstream error for the log: no keys, ids or addresses, and no word of the conversation."""
         code, text = _read_refusal(body)
+        about = f"status {status}, code {code!r}, {len(body)} bytes"
+        if self._chat is None:
+            return about  # nobody knows any more what was said
         text = text.replace(self._grok.settings.grok_api_key or "xai-", "xai-")
         spoken = {word for message in self._chat.messages for word in _WORD.findall(message.content)}
         text = _WORD.sub(lambda word: "…" if word[0] in spoken else word[0], _PRIVATE.sub("…", text))
-        return f"status {status}, code {code!r}, {len(body)} bytes: {text[:200]!r}"
+        return f"{about}: {text[:200]!r}"
 
     async def _close(self) -> None:
-        if self._response is not None:
-            stream, self._response = self._response.stream, None
+        if self._stream is not None:
+            stream, self._stream = self._stream, None
             if isinstance(self._pieces, AsyncGenerator):
                 await self._pieces.aclose()
-            await cast(httpx.AsyncByteStream, stream).aclose()
+            await stream.aclose()
 
     async def _leave(self) -> None:
         if self._timer is not None:
