@@ -36,6 +36,7 @@ from chatproxy.errors import (
 )
 from chatproxy.limits import Limits, caller
 from chatproxy.metrics import Metrics
+from chatproxy.openapi import describe
 from chatproxy.responses import EventSourceResponse, Exchange, JSONResponse, Watch
 from chatproxy.schemas import Created, Health, decode_chat
 from chatproxy.services.grok import Grok
@@ -150,12 +151,22 @@ async def readyz(request: Request[AppState]) -> Response:
 
 
 async def metrics(request: Request[AppState]) -> Response:
-    """GET /metrics, for Prometheus."""
+    """GET /metrics: counters and histograms, for Prometheus."""
     return Response(request.state["metrics"].render(), headers={"Content-Type": prometheus.CONTENT_TYPE})
 
 
+async def openapi(request: Request[AppState]) -> Response:
+    """GET /openapi.json: what this service offers."""
+    listed = [
+        (method, route.path, route.endpoint.__doc__)
+        for route in request.app.routes
+        for method in sorted(route.methods - {"HEAD"})
+    ]
+    return JSONResponse(describe(listed, request.scope["root_path"]))
+
+
 class Page:
-    """GET /: the try-out page, which may run its own script and style and talk to this service only."""
+    """The try-out page, which may run its own script and style and talk to this service only."""
 
     def __init__(self) -> None:
         self._html = files("chatproxy").joinpath("page.html").read_text("utf-8")
@@ -171,6 +182,7 @@ class Page:
         }
 
     async def show(self, _: Request[AppState]) -> Response:
+        """GET /: the try-out page."""
         return HTMLResponse(self._html, headers=self._headers)
 
 
@@ -197,6 +209,7 @@ def routes(try_page: bool) -> list[Route]:
         Route("/healthz", healthz),
         Route("/readyz", readyz),
         Route("/metrics", metrics),
+        Route("/openapi.json", openapi),
         *([Route("/", Page().show)] if try_page else []),
     ]
 

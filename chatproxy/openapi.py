@@ -1,0 +1,216 @@
+"""What the service offers, as OpenAPI 3.1: made of its routes, its JSON types and its errors.
+
+Does not know how any of it is done.
+"""
+
+import re
+from collections.abc import Iterable
+from itertools import groupby
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import msgspec
+
+from chatproxy import __version__, errors
+from chatproxy.errors import ChatError, RequestError, UpstreamError
+from chatproxy.schemas import Chat, Created, Failure, Finish, Health
+
+Object = dict[str, Any]
+
+_TYPES = (Chat, Created, Failure, Finish, Health)
+_REFERENCES, _SCHEMAS = msgspec.json.schema_components(_TYPES, ref_template="#/components/schemas/{name}")
+_SCHEMA = dict(zip(_TYPES, _REFERENCES, strict=True))
+
+# Which errors are possible where.
+
+Kinds = set[type[ChatError]]
+_NO_ROUTE: Kinds = {errors.NotFound, errors.MethodNotAllowed}
+_HEALTH: Kinds = {errors.InvalidHTTP, errors.HeadersTooLarge, errors.InternalError}
+_OTHERS: Kinds = {*_HEALTH, errors.HostNotAllowed}
+_API: Kinds = {*_OTHERS, errors.OriginNotAllowed}
+_ONE: Kinds = {*_API, errors.NotFound}  # what is no id makes no path
+_STREAM: Kinds = {*_ONE, errors.StreamNotFound, errors.InvalidLastEventID}
+_CHAT: Kinds = {*RequestError.__subclasses__(), *UpstreamError.__subclasses__()}
+_CHAT |= {errors.Busy, errors.Draining, errors.InternalError}
+_CHAT -= {*_NO_ROUTE, errors.StreamNotFound, errors.InvalidLastEventID}
+_CHAT -= {errors.UpstreamCutOff, errors.IdleTimeout, errors.EmptyAnswer}  # only after a first chunk
+_IN_AN_ANSWER: Kinds = {*UpstreamError.__subclasses__(), errors.ContentPolicy, errors.ContextLengthExceeded}
+_IN_AN_ANSWER |= {errors.Stopped, errors.Abandoned, errors.ReplayLost, errors.StreamNotFound}
+_IN_AN_ANSWER |= {errors.Draining, errors.InternalError}
+
+_HEADERS = {
+    "Allow": "The methods that this path takes.",
+    "Content-Location": "Where a resumable answer can be read again.",
+    "Location": "Where the answer streams.",
+    "RateLimit": "What is left of this caller's chats, where RATE_LIMIT is set.",
+    "RateLimit-Policy": "How many chats a caller has, where RATE_LIMIT is set.",
+    "Retry-After": "Whole seconds to wait.",
+    "WWW-Authenticate": "The kind of token that is wanted.",
+    "X-Request-ID": "The request's own, if that was sane; quote it to the operator.",
+}
+_RATE_LIMIT = ("RateLimit", "RateLimit-Policy")
+_OF_STATUS = {401: ("WWW-Authenticate",), 405: ("Allow",), 429: _RATE_LIMIT}
+
+
+def _parameter(place: str, name: str, description: str, **schema: Any) -> Object:
+    return {
+        "name": name,
+        "in": place,
+        "description": description,
+        "required": place == "path",
+        "schema": {"type": "string", **schema},
+    }
+
+
+def _answer(description: str, content: Object | None = None, headers: Iterable[str] = ()) -> Object:
+    names = sorted(["X-Request-ID", *headers])
+    answer: Object = {
+        "description": description,
+        "headers": {name: {"$ref": f"#/components/headers/{name}"} for name in names},
+    }
+    return answer if content is None else {**answer, "content": content}
+
+
+def _json(schema: Object) -> Object:
+    return {"application/json": {"schema": schema}}
+
+
+def _failure(kinds: Iterable[type[ChatError]]) -> Object:
+    codes = sorted(kind.code for kind in kinds)
+    return {**_SCHEMA[Failure], "properties": {"error": {"properties": {"code": {"enum": codes}}}}}
+
+
+def _event(kind: str, description: str, data: Object | None = None) -> Object:
+    """An event whose data is text, or JSON of this schema. Of a resumable answer it has an id."""
+    content = {} if data is None else {"contentMediaType": "application/json", "contentSchema": data}
+    return {
+        "description": description,
+        "properties": {
+            "event": {"const": kind},
+            "data": {"type": "string", **content},
+            "id": {"type": "string"},
+        },
+        "required": ["data"] if kind == "message" else ["event", "data"],
+    }
+
+
+def _refusals(kinds: Kinds) -> Object:
+    """An answer for each status, which tells the codes that it can stand for."""
+    refusals = {}
+    for status, group in groupby(sorted(kinds, key=attrgetter("status", "code")), attrgetter("status")):
+        alike = list(group)
+        description = "\n".join(f"* `{kind.code}`: {kind.message}" for kind in alike)
+        headers = [*_OF_STATUS.get(status, ()), *({"Retry-After"} if any(kind.retry_after for kind in alike) else ())]
+        refusals[str(status)] = _answer(description, _json(_failure(alike)), headers)
+    return refusals
+
+
+class _Operation(NamedTuple):
+    """What a route cannot tell of itself."""
+
+    answers: Object
+    refusals: Kinds
+    request: Object = {}  # noqa: RUF012 -- nobody changes it
+
+
+_LAST_EVENT_ID = "The id of the last event received. What follows it is sent, and no chat is begun."
+_EVENTS = {
+    "text/event-stream": {
+        # Before OpenAPI 3.2 the schema of an event stream is that of each event.
+        "schema": {
+            "type": "object",
+            "oneOf": [
+                _event("message", "A piece of the answer, or `[DONE]`: it is complete."),
+                _event("reasoning", "A piece of the reasoning, if included."),
+                _event("finish", "Just before the end, if included.", _SCHEMA[Finish]),
+                _event("error", "In place of `[DONE]`, if the answer failed.", _failure(_IN_AN_ANSWER)),
+            ],
+        },
+        "example": "data: Hel\n\ndata: lo\n\ndata: [DONE]\n\n",
+    }
+}
+_LINKS = {
+    name: {"operationRef": f"#/paths/~1api~1chat~1{{id}}{operation}", "parameters": {"id": "$response.body#/id"}}
+    for name, operation in {"read": "~1stream/get", "stop": "~1stop/post", "delete": "/delete"}.items()
+}
+_STOPPED = {"204": _answer("It is not running, or no longer.")}
+
+_OPERATIONS = {
+    "POST /api/chat": _Operation(
+        {
+            "200": _answer("The answer.", _EVENTS, ["Content-Location", *_RATE_LIMIT]),
+            "201": {
+                **_answer(
+                    "The answer's address, for who accepts JSON but no event stream.",
+                    _json(_SCHEMA[Created]),
+                    ["Location", *_RATE_LIMIT],
+                ),
+                "links": _LINKS,
+            },
+        },
+        _CHAT,
+        {
+            "security": [{"token": []}, {}],
+            "parameters": [
+                _parameter("header", "Idempotency-Key", "The same key, the same resumable answer.", maxLength=255),
+                _parameter("header", "Last-Event-ID", f"{_LAST_EVENT_ID} The body is ignored."),
+                _parameter("header", "traceparent", "W3C Trace Context; passed on to Grok."),
+            ],
+            "requestBody": {"required": True, "content": _json(_SCHEMA[Chat])},
+        },
+    ),
+    "GET /api/chat/{id}/stream": _Operation(
+        {"200": _answer("The answer.", _EVENTS, ["Content-Location"]), "204": _answer("Nothing more will come.")},
+        _STREAM,
+        {
+            "parameters": [
+                _parameter("header", "Last-Event-ID", _LAST_EVENT_ID),
+                _parameter("query", "lastEventId", "The same, for who cannot send headers."),
+            ]
+        },
+    ),
+    "POST /api/chat/{id}/stop": _Operation(_STOPPED, _ONE),
+    "DELETE /api/chat/{id}": _Operation(_STOPPED, _ONE),
+    "GET /healthz": _Operation({"200": _answer("It does.", _json(_SCHEMA[Health]))}, _HEALTH),
+    "GET /readyz": _Operation(
+        {"200": _answer("They are.", _json(_SCHEMA[Health])), "503": _answer("They are not.", _json(_SCHEMA[Health]))},
+        _HEALTH,
+    ),
+    "GET /metrics": _Operation(
+        {"200": _answer("The metrics.", {"text/plain": {"schema": {"type": "string"}}})}, _OTHERS
+    ),
+    "GET /openapi.json": _Operation({"200": _answer("This document.", _json({"type": "object"}))}, _OTHERS),
+    "GET /": _Operation({"200": _answer("The page.", {"text/html": {"schema": {"type": "string"}}})}, _OTHERS),
+}
+
+
+def describe(routes: Iterable[tuple[str, str, str]], root_path: str) -> Object:
+    """The document, from each route's method, path and, after a colon, purpose."""
+    paths: Object = {}
+    for method, path, purpose in routes:
+        operation = _OPERATIONS[f"{method} {path}"]
+        ids = [_parameter("path", name, "The answer's id.") for name in re.findall(r"{(\w+)}", path)]
+        request_id = _parameter("header", "X-Request-ID", "To be logged and sent back; 128 of `A-Za-z0-9._-` at most.")
+        paths.setdefault(path, {"parameters": [*ids, request_id]})[method.lower()] = {
+            "summary": purpose.partition(": ")[2],
+            **operation.request,
+            "responses": {**operation.answers, **_refusals(operation.refusals)},
+        }
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "chatproxy",
+            "version": __version__,
+            "description": "Grok's answers as server-sent events. What is not listed here is a 404 or a 405.",
+        },
+        "servers": [{"url": root_path or "/"}],
+        "paths": paths,
+        "components": {
+            "schemas": _SCHEMAS,
+            "headers": {name: {"description": text, "schema": {"type": "string"}} for name, text in _HEADERS.items()},
+            "responses": _refusals(_NO_ROUTE),
+            "securitySchemes": {
+                "token": {"type": "http", "scheme": "bearer", "description": "Only where ACCESS_TOKENS is set."}
+            },
+        },
+    }
