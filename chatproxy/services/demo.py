@@ -11,8 +11,7 @@ REASONING = "There is no API key, so nobody is thinking here. I am the built-in 
 ANSWER = """\
 Hello from the **chatproxy demo** 👋
 
-This text does not come from Grok: no API key is set. It takes the same way that Grok's would,
-through the same client code, token by token:
+No API key is set, so this is not Grok. The words still take Grok's way, token by token:
 
 - markdown arrives *as written*,
 - line breaks survive, also in code:

@@ -337,7 +337,7 @@ class Completion(Interruptible):
         try:
             for data in self._decoder.feed(piece):
                 if data == b"[DONE]":
-                    self.done = True
+                    self.done = self._finished = True
                     self._end = StopAsyncIteration()
                     break
                 chunk = decode_chunk(data)

@@ -103,6 +103,8 @@ async def relay(
                 for chunk in chunks:
                     if chunk.usage and bytes(chunk.usage) != b"null":
                         usage = chunk.usage  # cumulative where it comes more than once
+                    if chunk.model:
+                        report.model = chunk.model
                     if not chunk.choices:
                         continue
                     choice = chunk.choices[0]
@@ -119,7 +121,6 @@ async def relay(
                         report.deltas += 1
                         for data in content.feed(delta.content):
                             frames.append(frame(data, None))
-                report.model = chunks[-1].model or report.model
                 if reads.done:
                     break
                 yield frames, False
