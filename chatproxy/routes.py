@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import re
 from collections.abc import AsyncGenerator
+from functools import lru_cache
 from importlib.resources import files
 from typing import Literal, NotRequired, TypedDict
 
@@ -40,7 +41,7 @@ from chatproxy.openapi import describe
 from chatproxy.responses import EventSourceResponse, Exchange, JSONResponse, Watch
 from chatproxy.schemas import Created, Health, decode_chat
 from chatproxy.services.grok import Grok
-from chatproxy.services.relay import Report, failed, relay
+from chatproxy.services.relay import Report, Step, failed, relay
 from chatproxy.services.streams import NOTHING_AFTER, Answer, Streams
 
 # A caller who needs longer for a megabyte is holding a connection rather than using it.
@@ -69,7 +70,7 @@ async def chat(request: Request[AppState]) -> Response:
     if last_event_id := request.headers.get("last-event-id"):
         return await _resume(request, last_event_id)
     state = request.state
-    wanted = _wanted(request)
+    wanted = _wanted(",".join(request.headers.getlist("accept")))
     _authorize(request)
     if state["draining"].is_set():
         raise Draining
@@ -237,17 +238,18 @@ def _replay(request: Request[AppState], answer: Answer, after: int) -> Response:
     )
 
 
-async def _only(frame: bytes) -> AsyncGenerator[list[bytes], None]:
-    yield [frame]
+async def _only(frame: bytes) -> AsyncGenerator[Step, None]:
+    yield [frame], True
 
 
 def _stream_url(request: Request[AppState], answer: Answer) -> str:
     return f"{request.scope['root_path']}/api/chat/{answer.id}/stream"
 
 
-def _wanted(request: Request[AppState]) -> Literal["stream", "address"]:
+@lru_cache(256)
+def _wanted(accept: str) -> Literal["stream", "address"]:
     """What the Accept header asks for. Raises NotAcceptable."""
-    ranges = (part.replace(" ", "").lower() for part in ",".join(request.headers.getlist("accept")).split(","))
+    ranges = (part.replace(" ", "").lower() for part in accept.split(","))
     accepted = {part.partition(";")[0] for part in ranges if not re.search(r";q=0(\.0*)?(;|$)", part)} - {""}
     if not accepted or "text/event-stream" in accepted:
         return "stream"
@@ -271,10 +273,10 @@ def _authorize(request: Request[AppState]) -> None:
 async def _read_body(request: Request[AppState]) -> bytes:
     """Raises BodyTooLarge as soon as that is known, BodyTimeout, or CallerLeft."""
     limit = request.state["settings"].max_body_bytes
+    if int(request.headers.get("content-length", "0")) > limit:
+        raise BodyTooLarge
     body = bytearray()
     try:
-        if int(request.headers.get("content-length", "0")) > limit:
-            raise BodyTooLarge
         async with asyncio.timeout(BODY_TIMEOUT):
             async for piece in request.stream():
                 body += piece
