@@ -114,9 +114,10 @@ async def test_keep_alive_in_silence() -> None:
     gates = [Gate(), Gate()]
     script = sse(0.25, first, gates[0], second[:30], gates[1], second[30:], *rest)
     async with Upstream(script) as grok, serving(grok.url, keep_alive=0.1) as service, service.asking() as live:
-        await live.comment(2)
-        gates[0].open()
-        await live.comment(4)
+        async with asyncio.timeout(5):
+            await live.comment(2)
+            gates[0].open()
+            await live.comment(4)
         gates[1].open()
         assert await live.rest() == [Event("a"), Event("b"), Event(DONE)]
     assert answer(live.raw) == "ab"
