@@ -5,6 +5,7 @@ Does not know the environment, nor what is served.
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -132,6 +133,9 @@ async def serve(settings: Settings, sock: socket.socket, *, reloading: bool = Fa
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal, number)
     async with Server(settings).running(sock) as port:
+        # What is here now stays: no need to look through it again with each collection of garbage.
+        gc.collect()
+        gc.freeze()
         log.info("listening on http://%s:%d", settings.host, port)
         if settings.grok_api_key is None:
             log.warning("GROK_API_KEY is not set: answers come from the built-in demo, not from Grok")
