@@ -5,6 +5,7 @@ Knows the variables' names, defaults and rules (contract G). Does not know where
 
 import re
 from collections.abc import Iterator, Mapping
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
@@ -160,8 +161,16 @@ def _list(value: str) -> list[str]:
 
 def _base_url(value: str) -> str:
     url = urlsplit(value)
-    if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment or url.username:
+    if (
+        url.scheme not in ("http", "https")
+        or not url.hostname
+        or url.query
+        or url.fragment
+        or url.username is not None
+        or not re.fullmatch(r"[\x21-\x7e]+", value)
+    ):
         raise ValueError("expected an http or https address such as https://api.x.ai/v1")
+    origin(value)  # its port is one
     return value.rstrip("/")
 
 
@@ -220,7 +229,13 @@ def _tokens(value: str) -> list[str]:
 
 
 def _addresses(value: str) -> str:
-    return ",".join(_list(value))
+    addresses = [] if value == "*" else _list(value)
+    try:
+        for address in addresses:
+            ip_network(address)
+    except ValueError:
+        raise ValueError("expected IP addresses or networks such as 10.0.0.0/8, separated by commas, or *") from None
+    return ",".join(addresses) or "*"
 
 
 _READERS: dict[str, Any] = {

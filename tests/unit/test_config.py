@@ -1,0 +1,289 @@
+"""Settings come from the environment and `.env`; whatever is wrong with them is told at once, and no secret is."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from chatproxy.config import Invalid, RateLimit, Settings, load
+from tests.conftest import KEY, ROOT, spawned
+from tests.upstream import Upstream, refusing
+
+DEFAULTS = {
+    "grok_api_key": None,
+    "grok_model": "grok-4.3",
+    "grok_base_url": "https://api.x.ai/v1",
+    "grok_reasoning_effort": None,
+    "grok_retries": 2,
+    "grok_transport": "auto",
+    "system_prompt": None,
+    "host": "0.0.0.0",  # noqa: S104 -- a container's
+    "port": 8000,
+    "root_path": "",
+    "forwarded_allow_ips": "127.0.0.1",
+    "allowed_origins": (),
+    "allowed_hosts": (),
+    "access_tokens": (),
+    "rate_limit": None,
+    "max_streams_per_client": None,
+    "log_level": "info",
+    "log_format": "text",
+    "max_body_bytes": 1_000_000,
+    "max_messages": 500,
+    "max_streams": 1000,
+    "connect_timeout": 5,
+    "first_token_timeout": 600,
+    "idle_timeout": 300,
+    "stream_timeout": 3600,
+    "write_timeout": 60,
+    "status_hold": 10,
+    "keep_alive": 15,
+    "drain_timeout": 8,
+    "resume_window": 15,
+    "replay_ttl": 60,
+    "replay_bytes": 4_000_000,
+    "replay_total_bytes": 64_000_000,
+    "try_page": True,
+}
+
+
+def test_defaults() -> None:
+    """With nothing set the settings are those of the contract, and an empty or blank variable is not set."""
+    assert msgspec.structs.asdict(load({})) == DEFAULTS
+    assert (
+        load({name.upper(): " " for name in DEFAULTS}) == load(dict.fromkeys(map(str.upper, DEFAULTS), "")) == load({})
+    )
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "value"),
+    [
+        ("GROK_API_KEY", f" {KEY}\n", KEY),
+        ("GROK_MODEL", "grok-5", "grok-5"),
+        ("GROK_BASE_URL", "http://localhost:1/v1/", "http://localhost:1/v1"),
+        ("GROK_REASONING_EFFORT", "low", "low"),
+        ("GROK_RETRIES", "0", 0),
+        ("GROK_TRANSPORT", "HTTPX", "httpx"),
+        ("SYSTEM_PROMPT", "Be brief.\nBe kind.", "Be brief.\nBe kind."),
+        ("HOST", "::1", "::1"),
+        ("PORT", "0", 0),
+        ("PORT", "65535", 65535),
+        ("ROOT_PATH", "/grok/", "/grok"),
+        ("ROOT_PATH", "/", ""),
+        ("FORWARDED_ALLOW_IPS", "10.0.0.0/8, ::1,", "10.0.0.0/8,::1"),
+        ("FORWARDED_ALLOW_IPS", "*", "*"),
+        (
+            "ALLOWED_ORIGINS",
+            " https://A.example.com/ ,http://localhost:3000,https://b.example:443,http://[::1]:80,",
+            ("https://a.example.com", "http://localhost:3000", "https://b.example", "http://[::1]"),
+        ),
+        ("ALLOWED_ORIGINS", "*", ("*",)),
+        ("ALLOWED_HOSTS", "Chat.example.com, .example.org,gpu_box", ("chat.example.com", ".example.org", "gpu_box")),
+        ("ALLOWED_HOSTS", "*", ("*",)),
+        ("ACCESS_TOKENS", "0123456789abcdef, fedcba9876543210==", ("0123456789abcdef", "fedcba9876543210==")),
+        ("RATE_LIMIT", "20/minute", RateLimit(20, 60)),
+        ("RATE_LIMIT", "1/second", RateLimit(1, 1)),
+        ("RATE_LIMIT", "5/hour", RateLimit(5, 3600)),
+        ("RATE_LIMIT", "100/day", RateLimit(100, 86400)),
+        ("MAX_STREAMS_PER_CLIENT", "1", 1),
+        ("LOG_LEVEL", "Debug", "debug"),
+        ("LOG_FORMAT", "JSON", "json"),
+        ("MAX_BODY_BYTES", "1", 1),
+        ("MAX_MESSAGES", "1", 1),
+        ("MAX_STREAMS", "5000", 5000),
+        ("CONNECT_TIMEOUT", "0.5", 0.5),
+        ("FIRST_TOKEN_TIMEOUT", "31536000", 31_536_000.0),
+        ("IDLE_TIMEOUT", "1e2", 100.0),
+        ("STREAM_TIMEOUT", "0.25", 0.25),
+        ("WRITE_TIMEOUT", "7", 7.0),
+        ("STATUS_HOLD", "0.001", 0.001),
+        ("KEEP_ALIVE", "14.5", 14.5),
+        ("DRAIN_TIMEOUT", "0", 0.0),
+        ("RESUME_WINDOW", "1", 1.0),
+        ("REPLAY_TTL", "1", 1.0),
+        ("REPLAY_BYTES", "1", 1),
+        ("REPLAY_TOTAL_BYTES", "1", 1),
+        ("TRY_PAGE", "False", False),
+        ("TRY_PAGE", "1", True),
+    ],
+)
+def test_values(variable: str, text: str, value: object) -> None:
+    """Each variable is read as what it is, and changes nothing else."""
+    settings = load({variable: text})
+    assert getattr(settings, variable.lower()) == value
+    assert msgspec.structs.asdict(settings) == {**DEFAULTS, variable.lower(): value}
+
+
+ORIGINS = "expected origins such as https://example.com, separated by commas"
+HOSTS = "expected host names without port, such as chat.example.com or .example.com, or *"
+RATE = "expected a number per second, minute, hour or day, such as 20/minute"
+ADDRESS = "expected an http or https address such as https://api.x.ai/v1"
+ADDRESSES = "expected IP addresses or networks such as 10.0.0.0/8, separated by commas, or *"
+TOKENS = "expected tokens of 16 or more letters, digits and ._~+/- separated by commas"
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "rule"),
+    [
+        ("PORT", "http", "expected int, not 'http'"),
+        ("PORT", "65536", "expected int <= 65535, not '65536'"),
+        ("PORT", "-1", "expected int >= 0, not '-1'"),
+        ("GROK_RETRIES", "-1", "expected int >= 0, not '-1'"),
+        ("MAX_STREAMS", "0", "expected int >= 1, not '0'"),
+        ("MAX_STREAMS", "1.5", "expected int, not '1.5'"),
+        ("MAX_STREAMS_PER_CLIENT", "0", "expected int >= 1, not '0'"),
+        ("MAX_BODY_BYTES", "1MB", "expected int, not '1MB'"),
+        ("KEEP_ALIVE", "0", "expected float > 0.0, not '0'"),
+        ("KEEP_ALIVE", "nan", "expected float > 0.0, not 'nan'"),
+        ("IDLE_TIMEOUT", "inf", "expected float <= 31536000.0, not 'inf'"),
+        ("IDLE_TIMEOUT", "15s", "expected float, not '15s'"),
+        ("DRAIN_TIMEOUT", "-1", "expected float >= 0.0, not '-1'"),
+        ("TRY_PAGE", "maybe", "expected bool, not 'maybe'"),
+        ("LOG_LEVEL", "loud", "expected debug or info or warning or error, not 'loud'"),
+        ("LOG_FORMAT", "xml", "expected text or json, not 'xml'"),
+        ("GROK_TRANSPORT", "curl", "expected auto or own or httpx, not 'curl'"),
+        ("ROOT_PATH", "grok", "expected a path such as /grok, not 'grok'"),
+        ("ALLOWED_ORIGINS", "example.com", f"{ORIGINS}, not 'example.com'"),
+        ("ALLOWED_ORIGINS", "https://a.example/app", f"{ORIGINS}, not 'https://a.example/app'"),
+        ("ALLOWED_ORIGINS", "https://a.example?x", f"{ORIGINS}, not 'https://a.example?x'"),
+        ("ALLOWED_ORIGINS", "https://u@a.example", f"{ORIGINS}, not 'https://u@a.example'"),
+        ("ALLOWED_ORIGINS", "ftp://a.example", f"{ORIGINS}, not 'ftp://a.example'"),
+        ("ALLOWED_ORIGINS", "null", f"{ORIGINS}, not 'null'"),
+        ("ALLOWED_ORIGINS", "https://a:x", "port could not be cast to integer value as 'x', not 'https://a:x'"),
+        ("ALLOWED_HOSTS", "a.example:80", f"{HOSTS}, not 'a.example:80'"),
+        ("ALLOWED_HOSTS", "*.a.example", f"{HOSTS}, not '*.a.example'"),
+        ("RATE_LIMIT", "20", f"{RATE}, not '20'"),
+        ("RATE_LIMIT", "0/minute", f"{RATE}, not '0/minute'"),
+        ("FORWARDED_ALLOW_IPS", "10.0.0.1/8", f"{ADDRESSES}, not '10.0.0.1/8'"),
+        ("FORWARDED_ALLOW_IPS", "proxy", f"{ADDRESSES}, not 'proxy'"),
+        ("GROK_BASE_URL", "api.x.ai/canary", ADDRESS),
+        ("GROK_BASE_URL", "https://user:canary@api.x.ai/v1", ADDRESS),
+        ("GROK_BASE_URL", "https://api.x.ai/v1?key=canary", ADDRESS),
+        ("GROK_BASE_URL", "https://api.x.ai/v1 canary", ADDRESS),
+        ("GROK_BASE_URL", "http://api.x.ai:99999/canary", "port out of range 0-65535"),
+        ("GROK_API_KEY", "xai canary", "expected visible ASCII characters without spaces"),
+        ("GROK_API_KEY", "canary\u00e9", "expected visible ASCII characters without spaces"),
+        ("ACCESS_TOKENS", "canary", TOKENS),
+        ("ACCESS_TOKENS", "0123456789abcdef,canary", TOKENS),
+    ],
+)
+def test_wrong_values(variable: str, text: str, rule: str) -> None:
+    """A wrong value is told with its variable and the rule, and where it may be secret without itself."""
+    with pytest.raises(Invalid) as problems:
+        load({variable: text})
+    assert str(problems.value) == f"{variable}: {rule}"
+    assert "canary" not in rule
+
+
+def test_long_values_are_cut() -> None:
+    """A wrong value is quoted up to a length."""
+    with pytest.raises(Invalid) as problems:
+        load({"PORT": "9" * 5000})
+    assert len(str(problems.value)) < 200
+
+
+def test_all_at_once() -> None:
+    """All that is wrong is told together, one line each."""
+    with pytest.raises(Invalid) as problems:
+        load({"PORT": "x", "KEEP_ALIVE": "0", "GROK_API_KEY": "a b", "TRY_PAGE": "?", "HOST": "fine"})
+    assert [line.split(":")[0] for line in str(problems.value).splitlines()] == [
+        *("GROK_API_KEY", "PORT", "KEEP_ALIVE", "TRY_PAGE"),
+    ]
+
+
+def test_names_of_the_key(tmp_path: Path) -> None:
+    """The key may come under two names or in a file; under several only if it is the same."""
+    file = tmp_path / "key"
+    file.write_text(f"\n{KEY}\n")
+    named = {"GROK_API_KEY": KEY, "XAI_API_KEY": KEY, "GROK_API_KEY_FILE": str(file)}
+    for name, value in named.items():
+        assert load({name: value}).grok_api_key == KEY
+    assert load(named).grok_api_key == KEY
+    assert load({**named, "GROK_API_KEY": ""}).grok_api_key == KEY
+    for name in ("XAI_API_KEY", "GROK_API_KEY_FILE"):
+        with pytest.raises(Invalid) as problems:
+            load({name: named[name], "GROK_API_KEY": "other"})
+        assert str(problems.value) == f"GROK_API_KEY and {name}: expected one key, but they differ"
+
+
+def test_files_of_the_key(tmp_path: Path) -> None:
+    """An empty file is no key; one that cannot be read, or is no text, is a mistake."""
+    (tmp_path / "empty").write_text(" \n")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    assert load({"GROK_API_KEY_FILE": str(tmp_path / "empty")}).grok_api_key is None
+    for name, reason in {
+        "missing": "FileNotFoundError",
+        "binary": "UnicodeDecodeError",
+        "": "IsADirectoryError",
+    }.items():
+        with pytest.raises(Invalid) as problems:
+            load({"GROK_API_KEY_FILE": str(tmp_path / name)})
+        assert str(problems.value) == f"GROK_API_KEY_FILE: cannot be read ({reason})"
+
+
+def test_secrets_have_no_repr() -> None:
+    """Keys, tokens and the system prompt are in no repr, of themselves or of the settings. Settings don't change."""
+    settings = load({"GROK_API_KEY": "canary", "ACCESS_TOKENS": "canary-canary-canary", "SYSTEM_PROMPT": "canary"})
+    assert "canary" not in repr(settings) + repr(
+        [settings.grok_api_key, settings.access_tokens, settings.system_prompt]
+    )
+    with pytest.raises(AttributeError):
+        settings.port = 1  # type: ignore[misc] # on purpose
+    assert Settings(port=1) != Settings()
+
+
+# The process.
+
+
+def run(cwd: Path, **variables: str) -> "subprocess.CompletedProcess[str]":
+    """`python -m chatproxy`, which is to end by itself."""
+    return subprocess.run(
+        [sys.executable, "-m", "chatproxy"],
+        cwd=cwd,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+
+
+def test_exit_code(tmp_path: Path) -> None:
+    """Wrong settings, from the environment or `.env`, end the process with code 2 before it does anything."""
+    (tmp_path / ".env").write_text("KEEP_ALIVE=never\nHOST=127.0.0.1\n")
+    ended = run(tmp_path, PYTHONPATH=str(ROOT), PORT="x", GROK_API_KEY="a canary")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.splitlines() == [
+        "GROK_API_KEY: expected visible ASCII characters without spaces",
+        "PORT: expected int, not 'x'",
+        "KEEP_ALIVE: expected float, not 'never'",
+    ]
+
+
+def test_port_in_use(tmp_path: Path) -> None:
+    """An address that cannot be listened on is told in one line."""
+    with refusing() as url:
+        port = url.split(":")[2].removesuffix("/v1")
+        ended = run(tmp_path, PYTHONPATH=str(ROOT), HOST="127.0.0.1", PORT=port)
+    [line] = ended.stderr.splitlines()
+    assert ended.returncode == 1
+    assert line.startswith(f"HOST, PORT: cannot listen on 127.0.0.1:{port}: Address already in use")
+
+
+@pytest.mark.anyio
+async def test_env_file(tmp_path: Path) -> None:
+    """`.env` is read as it stands; a real variable overrides it, and an empty one hides it."""
+    (tmp_path / ".env").write_text(
+        "# comment\nGROK_MODEL='from $HOME'\nSYSTEM_PROMPT=from the file\nGROK_REASONING_EFFORT=low\nXAI_API_KEY\n"
+    )
+    async with (
+        Upstream() as grok,
+        spawned(grok.url, cwd=tmp_path, system_prompt="real", grok_reasoning_effort="") as service,
+    ):
+        assert (await service.ask()).status_code == 200
+        sent = grok.calls[0].body
+    assert sent["model"] == "from $HOME"
+    assert sent["messages"][0] == {"role": "system", "content": "real"}
+    assert "reasoning_effort" not in sent
