@@ -229,13 +229,15 @@ def _tokens(value: str) -> list[str]:
 
 
 def _addresses(value: str) -> str:
-    addresses = [] if value == "*" else _list(value)
+    if value == "*":
+        return value
+    addresses = _list(value)
     try:
         for address in addresses:
             ip_network(address)
     except ValueError:
         raise ValueError("expected IP addresses or networks such as 10.0.0.0/8, separated by commas, or *") from None
-    return ",".join(addresses) or "*"
+    return ",".join(addresses)
 
 
 _READERS: dict[str, Any] = {

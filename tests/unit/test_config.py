@@ -74,6 +74,7 @@ def test_defaults() -> None:
         ("ROOT_PATH", "/", ""),
         ("FORWARDED_ALLOW_IPS", "10.0.0.0/8, ::1,", "10.0.0.0/8,::1"),
         ("FORWARDED_ALLOW_IPS", "*", "*"),
+        ("FORWARDED_ALLOW_IPS", ",", ""),
         (
             "ALLOWED_ORIGINS",
             " https://A.example.com/ ,http://localhost:3000,https://b.example:443,http://[::1]:80,",
