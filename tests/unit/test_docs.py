@@ -1,0 +1,63 @@
+"""README.md and .env.example tell the settings and the errors that there are, with their defaults."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+
+from chatproxy import errors
+from chatproxy.config import ALIASES, Settings, load, variables
+from tests.conftest import ROOT
+
+
+def rows(first: str) -> dict[str, str]:
+    """The first two cells of each row of the README's table whose head begins with this word."""
+    text = (ROOT / "README.md").read_text()
+    [table] = re.findall(rf"^\| {first} \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", text, re.MULTILINE)
+    pairs = re.findall(r"^\| *(.*?) *\| *(.*?) *\|", table, re.MULTILINE)
+    assert len(dict(pairs)) == len(pairs) == table.count("\n")
+    return dict(pairs)
+
+
+def example() -> dict[str, str]:
+    """What `.env.example` sets, or would set if the `# ` were taken away."""
+    text = (ROOT / ".env.example").read_text()
+    pairs = re.findall(r"^(?:# )?([A-Z_]+)=(.*)$", text, re.MULTILINE)
+    assert len(dict(pairs)) == len(pairs)
+    return dict(pairs)
+
+
+def readme() -> dict[str, str]:
+    table = rows("variable")
+    assert all(re.fullmatch("`[A-Z_]+`", name) for name in table)
+    return {name.strip("`"): default.strip("`") for name, default in table.items()}
+
+
+@pytest.mark.parametrize("told", [readme, example])
+def test_settings(told: Callable[[], dict[str, str]]) -> None:
+    """Both list every variable, none besides, and each with the default that it has."""
+    settings = told()
+    assert sorted(settings) == sorted(variables())
+    assert load(settings) == Settings()
+    for name in set(settings) - set(ALIASES):
+        default = getattr(Settings(), name.lower())
+        assert bool(settings[name]) == (default not in (None, "", ()))
+
+
+def test_errors() -> None:
+    """The README lists every code, beside its status or as one of the stream."""
+
+    def leaves(kind: type[errors.ChatError]) -> list[type[errors.ChatError]]:
+        return [leaf for child in kind.__subclasses__() for leaf in leaves(child)] or [kind]
+
+    table = rows("status")
+    told = {
+        (status, code)
+        for cell, text in table.items()
+        for status in cell.split(", ")
+        for code in re.findall(r"`([a-z_]+)`", text)
+    }
+    codes = {code for _, code in told}
+    assert codes - {"param"} == {kind.code for kind in leaves(errors.ChatError)}
+    for kind in leaves(errors.ChatError):
+        assert {(str(kind.status), kind.code), ("in the stream only", kind.code)} & told
