@@ -16,7 +16,7 @@ if ! docker version >/dev/null 2>&1; then
 fi
 docker build --tag "$image" .
 container=$(docker run --detach --publish 127.0.0.1::8000 --read-only --cap-drop ALL --security-opt no-new-privileges \
-    --memory 512m --pids-limit 64 --env DRAIN_TIMEOUT=1 "$image")
+    --memory 512m --pids-limit 64 --env DRAIN_TIMEOUT=0.2 "$image")
 stream=$(mktemp)
 trap 'docker rm --force "$container" >/dev/null; rm "$stream"' EXIT
 address=$(docker port "$container" 8000)
