@@ -1,0 +1,226 @@
+"""Which events a caller gets for Grok's chunks, and how every answer ends: no network, no clock."""
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from chatproxy import errors, sse
+from chatproxy.schemas import Chunk, Usage, decode_chunk
+from chatproxy.services.relay import Report, relay
+from tests.readers import DONE, Event, standard
+from tests.upstream import USAGE, chunk
+
+pytestmark = pytest.mark.anyio
+
+Read = list[dict[str, Any]]
+
+
+class Grok:
+    """Gives these reads, each some chunks in JSON, and `[DONE]` with the last of them, or fails, late or at once."""
+
+    def __init__(
+        self, reads: list[Read], fails: errors.ChatError | None = None, refuses: errors.ChatError | None = None
+    ) -> None:
+        self.done = False
+        self.open = 0
+        self._reads = reads
+        self._fails = fails
+        self._refuses = refuses
+
+    def __aiter__(self) -> AsyncIterator[list[Chunk]]:
+        return self._chunks()
+
+    async def _chunks(self) -> AsyncIterator[list[Chunk]]:
+        for number, read in enumerate(self._reads, 1):
+            self.done = number == len(self._reads) and self._fails is None
+            yield [decode_chunk(json.dumps(item).encode()) for item in read]
+        if self._fails:
+            raise self._fails
+
+    @asynccontextmanager
+    async def answer(self) -> AsyncIterator["Grok"]:
+        if self._refuses:
+            raise self._refuses
+        self.open += 1
+        try:
+            yield self
+        finally:
+            self.open -= 1
+
+
+async def steps(grok: Grok, *include: str, report: Report | None = None) -> list[list[Event]]:
+    """What is written after each read. Only the last is the last, and then Grok is let go."""
+    report = report or Report("id")
+    taken = [step async for step in relay(grok.answer(), report, include)]
+    assert [last for _, last in taken] == [False] * (len(taken) - 1) + [True]
+    assert grok.open == 0
+    return [standard(b"".join(frames)) for frames, _ in taken]
+
+
+def text(*tokens: str) -> Read:
+    return [chunk({"content": token}) for token in tokens]
+
+
+def code(event: Event) -> Any:
+    assert event.type == "error"
+    return json.loads(event.data)["error"]["code"]
+
+
+END = Event(DONE)
+STOP = [chunk({}, finish="stop")]
+COUNTS = [chunk(None, usage=USAGE)]
+
+
+async def test_each_read_is_written_at_once() -> None:
+    """What came in one read leaves in one step, the end with the last; reads without text are empty steps."""
+    grok = Grok([text("a", "b"), [chunk({"role": "assistant"})], text("c"), STOP + COUNTS])
+    assert await steps(grok) == [[Event("a"), Event("b")], [], [Event("c")], [END]]
+
+
+async def test_nothing_is_merged_or_lost() -> None:
+    """Text beside a role or a finish reason counts, empty and missing text does not, and line breaks become LF."""
+    grok = Grok(
+        [
+            [
+                chunk({"role": "assistant", "content": "a"}),
+                chunk({"content": ""}),
+                chunk({"content": None}),
+                chunk(None),
+            ],
+            [{"choices": [{"index": 0}]}, {"choices": [{"delta": None}]}, {"choices": None, "usage": {}}],
+            text("b\r", "\nc", "\n", " d "),
+            [chunk({"content": "[DONE]"}, finish="stop")],
+        ]
+    )
+    assert [event.data for step in await steps(grok) for event in step] == [
+        *("a", "b\n", "c", "\n", " d ", "[DO", "NE]", DONE),
+    ]
+
+
+async def test_optional_events() -> None:
+    """Reasoning and the finish are told to who asked, and to nobody else; usage as Grok gave it last."""
+    other = {**USAGE, "prompt_tokens": 1}
+    reads = [
+        [chunk({"reasoning_content": "hm"}), chunk({"reasoning_content": "[DONE]", "content": "a"}, usage=other)],
+        [chunk({"content": "b"}, finish="length"), *COUNTS, chunk(None, usage=None, model="grok-5")],
+    ]
+    assert await steps(Grok(reads)) == [[Event("a")], [Event("b"), END]]
+    assert await steps(Grok(reads), "reasoning") == [
+        [Event("hm", "reasoning"), Event("[DO", "reasoning"), Event("NE]", "reasoning"), Event("a")],
+        [Event("b"), END],
+    ]
+    [first, [b, finish, end]] = await steps(Grok(reads), "finish")
+    assert (first, b, end) == ([Event("a")], Event("b"), END)
+    assert finish.type == "finish"
+    assert json.loads(finish.data) == {"finish_reason": "length", "model": "grok-5", "usage": USAGE}
+
+
+CUT = errors.UpstreamCutOff()
+
+
+@pytest.mark.parametrize(
+    ("reads", "fails", "end"),
+    [
+        ([text("a"), STOP], None, None),
+        ([text("a")], None, None),  # Grok's own [DONE] is enough
+        ([text("a"), STOP], CUT, None),  # and so is its finish reason, whatever comes after it
+        ([text("a"), STOP, text("b")], errors.UpstreamFailed(), None),
+        ([text("a"), STOP], errors.Stopped(), None),
+        ([text("a")], CUT, "upstream_cut_off"),
+        ([text("a"), COUNTS], errors.IdleTimeout(), "idle_timeout"),
+        ([text("a")], errors.Stopped(), "stopped"),
+        ([text("a")], errors.Draining(), "draining"),
+        ([STOP], None, "empty_answer"),
+        ([[chunk({"reasoning_content": "hm"})], STOP], None, "empty_answer"),
+        ([[chunk({"role": "assistant", "content": ""})]], None, "empty_answer"),
+        ([STOP], CUT, "empty_answer"),
+        ([COUNTS], CUT, "upstream_cut_off"),
+    ],
+)
+@pytest.mark.parametrize("include", [(), ("finish", "reasoning")])
+async def test_one_end(
+    reads: list[Read], fails: errors.ChatError | None, end: str | None, include: tuple[str, ...]
+) -> None:
+    """Every answer ends once: with the done marker if Grok finished and there was text, else with the error."""
+    report = Report("id")
+    events = [event for step in await steps(Grok(reads, fails), *include, report=report) for event in step]
+    *others, last = events
+    assert {event.type for event in others} <= {"message", "reasoning", "finish"}
+    assert END not in others
+    if end is None:
+        assert last == END
+        assert (report.end, report.code) == ("done", None)
+    else:
+        assert code(last) == end
+        assert json.loads(last.data)["error"]["request_id"] == "id"
+        assert (report.end, report.code) == ("failed", end)
+    # The finish is told before an error too, if Grok had told it.
+    told = STOP in reads or COUNTS in reads or end is None
+    assert [event.type for event in others].count("finish") == ("finish" in include and told)
+
+
+async def test_refusal() -> None:
+    """What fails before the first chunk is raised, for there is still a status to tell it with."""
+
+    with pytest.raises(errors.UpstreamAuth):
+        await steps(Grok([], refuses=errors.UpstreamAuth()))
+
+
+async def test_leaving() -> None:
+    """Who stops reading lets Grok go, at the first step or later."""
+    for taken in (1, 2):
+        grok = Grok([text("a"), text("b"), text("c")])
+        frames = relay(grok.answer(), Report("id"))
+        for _ in range(taken):
+            await anext(frames)
+        assert grok.open == 1
+        await frames.aclose()
+        assert grok.open == 0
+
+
+async def test_own_framing() -> None:
+    """Every event is framed by whoever wants ids on it, the last one and errors included."""
+    for fails in (None, CUT):
+        asked: list[tuple[str, str | None]] = []
+
+        def frame(data: str, kind: str | None, asked: list[tuple[str, str | None]] = asked) -> bytes:
+            asked.append((data, kind))
+            return sse.encode(data, kind, f"x-{len(asked)}")
+
+        grok = Grok([[chunk({"reasoning_content": "hm", "content": "a"})], COUNTS], fails)
+        written = [step async for step in relay(grok.answer(), Report("id"), ["reasoning", "finish"], frame)]
+        ids = [event.id for frames, _ in written for event in standard(b"".join(frames))]
+        assert ids == ["x-1", "x-2", "x-3", "x-4"]
+        assert [kind for _, kind in asked] == ["reasoning", None, "finish", "error" if fails else None]
+
+
+async def test_report() -> None:
+    """Counts, model and tokens are noted for the log, and nothing that was said."""
+    report = Report("id")
+    await steps(Grok([text("canary", ""), [chunk({"content": "\r"}), *COUNTS], STOP]), report=report)
+    fields = report.fields()
+    assert fields.pop("first_token_ms") is not None
+    assert fields == {
+        "end": "done",
+        "code": None,
+        "model": "grok-4.3",
+        "deltas": 2,
+        "prompt_tokens": 12,
+        "completion_tokens": 3,
+        "reasoning_tokens": 5,
+    }
+    assert "canary" not in repr([getattr(report, name) for name in Report.__slots__])
+
+
+@pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": None}, {"prompt_tokens": "many"}, [], "x", 5])
+async def test_odd_usage(usage: object) -> None:
+    """Usage of another shape is passed on as it came, and not counted."""
+    report = Report("id")
+    [*_, [finish, end]] = await steps(Grok([text("a"), [chunk(None, usage=usage)]]), "finish", report=report)
+    assert end == END
+    assert json.loads(finish.data)["usage"] == usage
+    assert report.tokens() == {"prompt_tokens": None, "completion_tokens": None, "reasoning_tokens": None}
+    assert report.usage in (None, Usage())
