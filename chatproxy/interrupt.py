@@ -10,8 +10,9 @@ from types import TracebackType
 class Interruptible:
     """A region of awaits that `interrupt` can end with an exception, from any task or timer.
 
-    An interrupt from outside of the region, or by whoever is in it, is kept for the next entry. The region must not hold a
-    `yield` (PEP 789): enter it around each wait. A cancellation from elsewhere stays one.
+    An interrupt from outside of the region, or by whoever is in it, is kept for the next entry.
+    The region must not hold a `yield` (PEP 789): enter it around each wait. A cancellation from
+    elsewhere stays one.
     """
 
     __slots__ = ("_error", "_task")

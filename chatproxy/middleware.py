@@ -71,7 +71,7 @@ class Door:
         if not _SANE_ID.fullmatch(request_id):
             request_id = secrets.token_hex(16)
         logs.request_id.set(request_id)
-        exchange = scope["state"]["exchange"] = Exchange(request_id, send)
+        exchange = scope["state"]["exchange"] = Exchange(request_id)
         extra = [(b"x-request-id", request_id.encode())]
 
         async def send_with_headers(message: Message) -> None:
@@ -90,6 +90,8 @@ class Door:
                 await Response(status_code=204, headers=_PREFLIGHT)(scope, receive, send_with_headers)
             else:
                 await self.app(scope, receive, send_with_headers)
+            if exchange.stream is not None:
+                await exchange.stream.write(exchange, receive, send_with_headers, send)
         except ChatError as error:
             exchange.fail(error)
             await ErrorResponse(error, request_id)(scope, receive, send_with_headers)

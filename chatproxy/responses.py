@@ -23,8 +23,12 @@ from chatproxy.services.relay import Report, Step, failed
 
 log = logging.getLogger(__name__)
 
-# "no-transform" keeps proxies from compressing, which holds events back; nginx heeds the last one.
-STREAM_HEADERS = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
+STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    # "no-transform" keeps proxies from compressing, which holds events back; nginx heeds the last one.
+    (b"cache-control", b"no-cache, no-transform"),
+    (b"x-accel-buffering", b"no"),
+]
 
 # Of each stream the first write and every 64th is timed.
 SAMPLED = 64
@@ -33,16 +37,17 @@ SAMPLED = 64
 class Exchange:
     """One request and its answer, for those who do not see both ends of it.
 
-    `send` is the server's own: Starlette wraps it three times to see the status line go by, which
-    would be paid for each token. `report` is there once an answer of Grok is asked for.
+    `report` is there once an answer of Grok is asked for, `stream` once it is to be written.
     """
 
-    def __init__(self, request_id: str, send: Send) -> None:
+    __slots__ = ("code", "left", "owns_report", "report", "request_id", "started", "status", "stream")
+
+    def __init__(self, request_id: str) -> None:
         self.request_id = request_id
-        self.send = send
         self.started = time.monotonic()
         self.report: Report | None = None
         self.owns_report = False  # the answer ends with this request
+        self.stream: EventSourceResponse | None = None
         self.status = 0
         self.code: str | None = None
         self.left = False
@@ -101,9 +106,10 @@ class EventSourceResponse(StreamingResponse):
     The status line waits for the generator's first step, so that a ChatError from there becomes an
     honest status; but after STATUS_HOLD it goes out all the same, and what fails later is told in
     the stream. The generator is closed, whatever happens.
-    """
 
-    media_type = "text/event-stream"
+    It is written by the middleware, after Starlette has returned: a stream is open for long, and
+    Starlette's layers would cost a fifth of its memory, and wrap each of its writes three times.
+    """
 
     def __init__(
         self,
@@ -113,7 +119,7 @@ class EventSourceResponse(StreamingResponse):
         upstream: "Timed | None" = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__((), headers={**STREAM_HEADERS, **(headers or {})})
+        super().__init__(events, headers=headers)  # type: ignore[arg-type] # steps, not bytes
         self._events = events
         self._settings = settings
         self._metrics = metrics
@@ -124,9 +130,16 @@ class EventSourceResponse(StreamingResponse):
         self._wrote_at = 0.0
         self._beat: asyncio.Task[None] | None = None  # the status line or a comment, on its way
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange: Exchange = scope["state"]["exchange"]
-        self._send_start, self._send = send, exchange.send
+    def init_headers(self, headers: Mapping[str, str] | None = None) -> None:
+        own = [(name.lower().encode(), value.encode("latin-1")) for name, value in (headers or {}).items()]
+        self.raw_headers = STREAM_HEADERS + own
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 -- see write()
+        scope["state"]["exchange"].stream = self
+
+    async def write(self, exchange: Exchange, receive: Receive, send_start: Send, send: Send) -> None:
+        """Write it all: the status line with `send_start`, what follows with `send`. Raises ChatError, CallerLeft."""
+        self._send_start, self._send = send_start, send
         self._hold_until = self._loop.time() + self._settings.status_hold
         self._timer = self._loop.call_later(min(self._settings.status_hold, self._settings.keep_alive), self._tick)
         try:

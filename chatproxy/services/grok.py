@@ -176,6 +176,28 @@ class Completion(Interruptible):
     all chunks before it were given.
     """
 
+    __slots__ = (
+        "_asked_at",
+        "_chat",
+        "_deadline",
+        "_decoder",
+        "_end",
+        "_finished",
+        "_first",
+        "_grok",
+        "_loop",
+        "_patience",
+        "_pieces",
+        "_stream",
+        "_timer",
+        "_too_late",
+        "_traceparent",
+        "_waiting_since",
+        "client",
+        "done",
+        "read_at",
+    )
+
     def __init__(self, grok: Grok, chat: Chat, client: str | None, traceparent: str | None) -> None:
         super().__init__()
         self.client = client

@@ -22,6 +22,8 @@ class Report:
     `end` is done, failed or left; None while the answer is running.
     """
 
+    __slots__ = ("code", "deltas", "end", "first_token_ms", "model", "request_id", "started", "usage")
+
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.started = time.monotonic()
