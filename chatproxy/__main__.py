@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import importlib
 import logging
 import os
 import socket
@@ -29,7 +30,9 @@ def main() -> None:
     if reload:
         package = str(Path(__file__).parent)
         config = uvicorn.Config("chatproxy", reload=True, reload_dirs=[package], log_config=None)
-        ChangeReload(config, target=rerun, sockets=[sock]).run()
+        # By its importable name: the child process has a `__main__` of its own.
+        target = importlib.import_module("chatproxy.__main__").rerun
+        ChangeReload(config, target=target, sockets=[sock]).run()
     else:
         run(settings, sock)
 

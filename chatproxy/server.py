@@ -116,22 +116,24 @@ class Server(uvicorn.Server):
 async def serve(settings: Settings, sock: socket.socket, *, reloading: bool = False) -> None:
     """Serve until SIGTERM or SIGINT, then drain. Another signal ends the process at once, with exit code 1.
 
-    `reloading`: under a reloader that turns Ctrl-C, which reaches both of us, into a SIGTERM. So
-    there only the second signal of one kind is another one.
+    `reloading`: under a reloader, which passes on what reaches both of us from a terminal. So there what
+    comes within half a second is the first signal still.
     """
     loop = asyncio.get_running_loop()
-    signals: list[int] = []
     stop = asyncio.Event()
+    impatient_from = 0.0
 
-    def on_signal(number: int) -> None:
-        if number in signals or (signals and not reloading):
+    def on_signal() -> None:
+        nonlocal impatient_from
+        if not stop.is_set():
+            impatient_from = loop.time() + (0.5 if reloading else 0)
+            stop.set()
+        elif loop.time() >= impatient_from:
             log.warning("second signal: stopping at once")
             os._exit(1)
-        signals.append(number)
-        stop.set()
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal, number)
+        loop.add_signal_handler(number, on_signal)
     async with Server(settings).running(sock) as port:
         # What is here now stays: no need to look through it again with each collection of garbage.
         gc.collect()
