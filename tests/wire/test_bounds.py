@@ -1,0 +1,300 @@
+"""Nothing is unbounded (C4, C6): neither places, nor memory, nor the time a stuck reader is waited for."""
+
+import asyncio
+import re
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import HI, Service, Spawned, failure, refusal, serving, spawned
+from tests.readers import answer
+from tests.upstream import (
+    CLOSE,
+    DONE,
+    HANG,
+    STREAM_HEAD,
+    Call,
+    Gate,
+    Step,
+    Steps,
+    Upstream,
+    chunk,
+    error,
+    frame,
+    head,
+    piece,
+    sse,
+    stream,
+)
+
+pytestmark = pytest.mark.anyio
+
+LINUX = pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux drops such a reader, or tells a process's memory"
+)
+
+FIRST = frame(chunk({"role": "assistant", "content": "a"}))
+TEXT = piece(frame(chunk({"content": "x" * 4000})))
+END = [piece(DONE), piece(b"")]
+
+
+# Places (MAX_STREAMS).
+
+
+async def test_busy() -> None:
+    """Over MAX_STREAMS a chat is refused without a call, and told when to come back; a place that is free is given."""
+    gate = Gate()
+    async with Upstream(stream("a", gate, "b")) as grok, serving(grok.url, max_streams=2) as service:
+        async with asyncio.TaskGroup() as group:
+            running = [group.create_task(service.ask()) for _ in range(2)]
+            await grok.until(lambda: len(grok.calls) == 2)
+            for resumable in (False, True):
+                response = await service.ask(resumable=resumable)
+                assert (response.status_code, refusal(response)["code"]) == (503, "busy")
+                assert response.headers["Retry-After"] == "1"
+            assert len(grok.calls) == 2
+            gate.open()
+        assert [answer(task.result().content) for task in running] == ["ab", "ab"]
+        assert answer((await service.ask()).content) == "ab"
+
+
+# Whatever becomes of an answer, its place is free then.
+ENDS: dict[str, Steps] = {
+    "done": stream("a"),
+    "refused": error(400, {"error": "x"}),
+    "cut off": stream("a", CLOSE),
+    "malformed": sse(FIRST, b"data: {\n\n", HANG),
+    "no text": stream({}),
+    "silent": sse(FIRST, HANG),
+    "silent from the start": [HANG],
+    "not HTTP": [b"canary\r\n\r\n", CLOSE],
+    "overloaded": error(503, {"error": "x"}),
+}
+
+
+@pytest.mark.parametrize("resumable", [False, True], ids=["plain", "resumable"])
+async def test_places_are_freed(resumable: bool) -> None:
+    """Whatever becomes of an answer, and whoever leaves it, the place is free afterwards."""
+    changes = {"max_streams": 1, "idle_timeout": 0.1, "first_token_timeout": 0.1, "grok_retries": 0}
+    async with Upstream() as grok, serving(grok.url, **changes) as service:
+        for steps in ENDS.values():
+            grok.play(steps)
+            await service.ask(resumable=resumable)
+            assert len(grok.calls) == 1
+        for waiting in ("no headers", "headers"):
+            grok.play([HANG] if waiting == "no headers" else sse(HANG))
+            async with service.caller() as caller:
+                await caller.post({"messages": HI, "resumable": resumable})
+                await grok.call()
+            await grok.until(lambda: grok.playing == 0)
+        grok.play()
+        assert (await service.ask(resumable=resumable)).status_code == 200
+
+
+# Memory.
+
+
+@asynccontextmanager
+async def within(service: Spawned, megabytes: int) -> AsyncIterator[None]:
+    """The most memory that the service has resident inside of it is so little above what it had before."""
+    process = Path(f"/proc/{service.pid}")
+
+    def resident(which: str) -> int:
+        found = re.search(rf"{which}:\s+(\d+) kB", (process / "status").read_text())
+        assert found
+        return int(found[1]) * 1024
+
+    (process / "clear_refs").write_text("5")  # forget the peak so far
+    before = resident("VmRSS")
+    yield
+    assert resident("VmHWM") - before < megabytes * 1_000_000
+
+
+@asynccontextmanager
+async def warm(grok: Upstream, **changes: Any) -> AsyncIterator[Spawned]:
+    """A service of its own that has answered before."""
+    async with spawned(grok.url, **changes) as service:
+        grok.play(stream("a"))
+        for _ in range(10):
+            assert answer((await service.ask()).content) == "a"
+        yield service
+
+
+SIZE = 200_000_000
+BLOCK = 100_000
+
+
+def blocks(data: bytes) -> Iterator[Step]:
+    """So much of it in all, in transfer chunks."""
+    return repeat(piece(data * (BLOCK // len(data))), SIZE // BLOCK)
+
+
+# An upstream that sends 200 MB and never a frame.
+FLOODS: dict[str, tuple[Callable[[], Iterator[Step]], str]] = {
+    "a line without end": (lambda: chain([piece(b"data: ")], blocks(b"x")), "upstream_error"),
+    "a comment without end": (lambda: chain([piece(b": ")], blocks(b"x")), "upstream_error"),
+    "an event without end": (lambda: blocks(b"data: x\n"), "upstream_error"),
+    "an event of empty lines": (lambda: blocks(b"data\n"), "upstream_error"),
+    "one transfer chunk": (lambda: chain([b"%x\r\n" % SIZE, b"data: "], repeat(b"x" * BLOCK, SIZE // BLOCK)),
+                           "upstream_error"),
+}  # fmt: skip
+
+
+@LINUX
+@pytest.mark.parametrize(("flood", "code"), FLOODS.values(), ids=FLOODS.keys())
+async def test_flood_of_grok(flood: Callable[[], Iterator[Step]], code: str) -> None:
+    """Grok is hung up on after a megabyte of what will be no frame, before the first chunk or after it."""
+    async with Upstream() as grok, warm(grok, grok_retries=0) as service, within(service, 20):
+        grok.play(lambda _: chain([STREAM_HEAD], flood()))
+        response = await service.ask()
+        assert (response.status_code, refusal(response)["code"]) == (502, code)
+        grok.scripts = [lambda _: chain([STREAM_HEAD, piece(FIRST)], flood())]
+        async with service.asking() as live:
+            token, event = await live.rest()
+        assert token.data == "a"
+        assert failure(event, live.response)["code"] == code
+        for call in grok.calls:
+            await call.hung_up()
+            assert call.sent < SIZE / 10
+
+
+@LINUX
+async def test_flood_of_comments() -> None:
+    """200 MB of comments are no fault and cost nothing."""
+    comments = b": " + b"ping " * 39 + b"\n\n"  # a million of them
+    async with Upstream() as grok, warm(grok) as service, within(service, 20):
+        grok.play(lambda _: chain([STREAM_HEAD, piece(FIRST)], blocks(comments), END))
+        async with asyncio.timeout(30):
+            assert answer((await service.ask()).content) == "a"
+        assert grok.calls[0].sent > SIZE * 0.9
+
+
+@LINUX
+async def test_flood_of_an_error() -> None:
+    """Of an error body without end only the beginning is read."""
+    async with Upstream() as grok, warm(grok, grok_retries=0) as service, within(service, 20):
+        kind = {"Content-Type": "text/html", "Content-Length": str(SIZE)}
+        grok.play(lambda _: chain([head(500, kind)], repeat(b"x" * BLOCK, SIZE // BLOCK)))
+        assert (await service.ask()).status_code == 502
+        await grok.calls[0].hung_up()
+        assert grok.calls[0].sent < SIZE / 10
+
+
+@LINUX
+@pytest.mark.parametrize("shape", ["tokens", "a large event"])
+async def test_flood_to_a_stuck_reader(shape: str) -> None:
+    """A reader who stops reading under a flood stops the flood: Grok is not read any further."""
+    text = TEXT if shape == "tokens" else piece(frame(chunk({"content": "x\n" * 400_000})))
+
+    async with AsyncExitStack() as stack:
+        grok = await stack.enter_async_context(Upstream())
+        service = await stack.enter_async_context(warm(grok))
+        await stack.enter_async_context(within(service, 20))
+        caller = await stack.enter_async_context(service.caller(receive_buffer=4096))
+        grok.play(lambda _: chain([STREAM_HEAD], repeat(text, SIZE // len(text))))
+        await caller.post({"messages": HI})
+        call = await grok.call()
+        await stalled(call)
+        assert call.sent < SIZE / 10
+
+
+@LINUX
+async def test_flood_to_a_stuck_reader_of_a_resumable_answer() -> None:
+    """A resumable answer is read on without its reader, but kept only up to REPLAY_BYTES; others read all of it."""
+    async with AsyncExitStack() as stack:
+        grok = await stack.enter_async_context(Upstream())
+        service = await stack.enter_async_context(warm(grok, replay_bytes=1_000_000))
+        await stack.enter_async_context(within(service, 20))
+        caller = await stack.enter_async_context(service.caller(receive_buffer=4096))
+        grok.play(lambda _: chain([STREAM_HEAD], repeat(TEXT, 20_000), END))
+        await caller.post({"messages": HI, "resumable": True})
+        call = await grok.call()
+        async with asyncio.timeout(30):
+            await call.played.wait()
+        assert call.sent > 80_000_000
+
+
+async def stalled(call: Call) -> None:
+    """Wait until nothing more of the script is taken."""
+    async with asyncio.timeout(10):
+        sent = -1
+        while sent != call.sent:
+            sent = call.sent
+            await asyncio.sleep(0.3)  # that nothing happens shows only with time
+
+
+# Stuck readers (WRITE_TIMEOUT).
+
+WRITE_TIMEOUT = 1.0
+
+
+def flood(_: Call) -> Steps:
+    return chain([STREAM_HEAD], repeat(TEXT))
+
+
+@LINUX
+@pytest.mark.parametrize("resumable", [False, True], ids=["plain", "resumable"])
+async def test_stuck_reader(resumable: bool) -> None:
+    """A reader who takes nothing for WRITE_TIMEOUT is dropped, socket and all; Grok is hung up on, a place free."""
+    changes = {"write_timeout": WRITE_TIMEOUT, "max_streams": 1, "resume_window": 0.1, "replay_bytes": 100_000}
+    async with (
+        Upstream(flood) as grok,
+        serving(grok.url, **changes) as service,
+        service.caller(receive_buffer=4096) as caller,
+    ):
+        await caller.post({"messages": HI, "resumable": resumable})
+        await caller.head()
+        began = asyncio.get_running_loop().time()
+        assert connections(service) == 1
+        left_at = await grok.calls[0].hung_up(within=WRITE_TIMEOUT + 4)
+        assert left_at - began > WRITE_TIMEOUT * 0.9
+        assert connections(service) == 0
+        grok.play(stream("ok"))
+        assert answer((await service.ask()).content) == "ok"
+        with pytest.raises(ConnectionError):  # after what was on its way, and no tidy end
+            await caller.rest()
+
+
+def connections(service: Service) -> int:
+    """The established connections of callers, as the kernel has them on our side."""
+    ours = re.compile(rf"^ *\d+: 0100007F:{service.port:04X} \S+ 01 ", re.MULTILINE)
+    return len(ours.findall(Path("/proc/net/tcp").read_text()))
+
+
+@LINUX
+async def test_stuck_reader_in_silence() -> None:
+    """Keep-alives that are not taken are writes, too: a reader is missed though Grok says nothing."""
+    changes = {"write_timeout": WRITE_TIMEOUT, "keep_alive": 0.02}
+    async with (
+        Upstream(stream("x" * 500_000, HANG)) as grok,
+        serving(grok.url, **changes) as service,
+        service.caller(receive_buffer=4096) as caller,
+    ):
+        await caller.post({"messages": HI})
+        await (await grok.call()).hung_up(within=WRITE_TIMEOUT + 4)
+
+
+async def test_slow_but_steady_reader() -> None:
+    """Whoever reads little, but again and again, gets it all, though it takes many times WRITE_TIMEOUT."""
+    script = chain([STREAM_HEAD], repeat(TEXT, 120), END)
+    loop = asyncio.get_running_loop()
+    async with (
+        Upstream(script) as grok,
+        serving(grok.url, write_timeout=0.7) as service,
+        service.caller(receive_buffer=4096) as caller,
+    ):
+        await caller.post({"messages": HI}, Connection="close")
+        await caller.head()
+        began = loop.time()
+        body = b""
+        while data := await caller.some(4096):
+            body += data
+            await asyncio.sleep(0.02)
+        assert loop.time() - began > 3 * 0.7
+    assert body.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert body.count(b"x" * 1000) == 120 * 4
