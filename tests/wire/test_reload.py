@@ -27,8 +27,10 @@ async def test_reload(tmp_path: Path) -> None:
             assert code.count(before) == 1
             errors.write_text(code.replace(before, "Changed."))
             async with asyncio.timeout(20):
-                while (await service.client.get("/nowhere")).json()["error"]["message"] != "Changed.":
-                    await asyncio.sleep(0.1)  # the reloader looks at the files now and then
+                message = before
+                while message == before:  # the reloader looks at the files now and then
+                    message = (await service.client.get("/nowhere")).json()["error"]["message"]
+            assert message == "Changed."
         finally:
             service.process.send_signal(signal.SIGINT)
             await service.exit_code(within=20)
