@@ -267,14 +267,17 @@ class Streams:
                 yield [lost], True
 
     async def position(self, answer: Answer, last_event_id: str) -> tuple[int, bool]:
-        """The number in that id, and whether anything comes after it. Raises InvalidLastEventID, StreamNotFound."""
+        """The number in that id, and whether anything comes after it. Raises InvalidLastEventID."""
         stream, _, number = last_event_id.rpartition("-")
         if stream != answer.id or not re.fullmatch(r"[0-9]{1,16}", number):
             raise InvalidLastEventID
         after = int(number)
         if after == NOTHING_AFTER:
             return after, False
-        last, closed = await self._store.last(stream)
+        try:
+            last, closed = await self._store.last(stream)
+        except StreamNotFound:  # dropped to make room for others: who still needs it is told by `replay`
+            last, closed = answer.written, True
         if after > last:
             raise InvalidLastEventID
         return after, after < last or not closed
@@ -319,6 +322,7 @@ class Streams:
     async def _fail(self, answer: Answer, error: ChatError) -> None:
         answer.report.fail(error)
         if answer.told:
+            answer.written += 1
             await self._store.append(answer.id, [failed(error, answer.report.request_id, answer.frame)])
         else:
             answer.refused = error
@@ -328,7 +332,8 @@ class Streams:
         answer = self._answers.pop(stream)
         if self._keys.get(answer.key) is answer:
             del self._keys[answer.key]
-        self._metrics.unread_deltas.inc(min(answer.report.deltas, answer.written - answer.read))
+        # The last frame is the end; before the first delta there may be others.
+        self._metrics.unread_deltas.inc(max(0, min(answer.report.deltas, answer.written - 1 - answer.read)))
 
     @contextmanager
     def _reading(self, answer: Answer) -> Iterator[None]:
