@@ -181,7 +181,7 @@ class Door:
         if exchange.code is not None:
             fields |= {"code": exchange.code}
         log.info("request", extra=fields)
-        self._metrics.requests.labels(route, str(exchange.status)).inc()
+        self._metrics.requests(route, str(exchange.status)).inc()
 
 
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::\d{1,5})?")

@@ -157,7 +157,7 @@ class Grok:
 
     def failed(self, error: ChatError, detail: str) -> ChatError:
         """Note an upstream failure for the operator. `detail` holds no content."""
-        self.metrics.upstream_failures.labels(error.code).inc()
+        self.metrics.upstream_failures(error.code).inc()
         if isinstance(error, UpstreamAuth):
             log.error("upstream_auth: check GROK_API_KEY and the credits of its team (%s)", detail)
         else:

@@ -39,13 +39,13 @@ class Report:
 
     def count(self, metrics: Metrics) -> None:
         """Add this answer, which has ended, to the metrics."""
-        metrics.stream_ends.labels(self.end or "", self.code or "").inc()
+        metrics.stream_ends(self.end or "", self.code or "").inc()
         metrics.deltas.inc(self.deltas)
         if self.first_token_ms is not None:
             metrics.time_to_first_token.observe(self.first_token_ms / 1000)
         for kind, tokens in self.tokens().items():
             if tokens:
-                metrics.tokens.labels(kind.removesuffix("_tokens")).inc(tokens)
+                metrics.tokens(kind.removesuffix("_tokens")).inc(tokens)
 
     def tokens(self) -> dict[str, int | None]:
         """As Grok counts them: the completion's do not include the reasoning's."""
