@@ -13,7 +13,7 @@ import math
 import random
 import re
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from types import TracebackType
 from typing import NoReturn, Self, cast
 from urllib.request import getproxies, proxy_bypass
@@ -89,13 +89,15 @@ class Grok:
         self._completions_url = httpx.URL(f"{base_url}/chat/completions")
         self._key_url = httpx.URL(f"{base_url}/api-key")
         self._transport = _transport(settings, self._key_url)
-        self._headers = [
-            (b"Host", self._key_url.netloc),
-            (b"Authorization", f"Bearer {settings.grok_api_key or 'demo'}".encode()),
-            (b"Accept", b"text/event-stream"),
-            (b"Accept-Encoding", b"identity"),
-            (b"Content-Type", b"application/json"),
-        ]
+        self._headers = httpx.Headers(
+            {
+                "Host": self._key_url.netloc.decode(),
+                "Authorization": f"Bearer {settings.grok_api_key or 'demo'}",
+                "Accept": "text/event-stream",
+                "Accept-Encoding": "identity",
+                "Content-Type": "application/json",
+            }
+        )
 
     def stream(self, chat: Chat, *, client: str | None = None, traceparent: str | None = None) -> "Completion":
         """Grok's answer to `chat`: enter it, then iterate. `client` is only noted, as the one it is for."""
@@ -110,25 +112,24 @@ class Grok:
         body = CompletionRequest(
             settings.grok_model, messages, True, {"include_usage": True}, settings.grok_reasoning_effort
         )
-        headers = []
+        headers = self._headers.copy()
         if chat.sessionId is not None:
             # A digest, so that any id fits into a header; keyed, so that it says nothing to others.
             key = hashlib.sha256((settings.grok_api_key or "").encode()).digest()
-            digest = hashlib.blake2b(chat.sessionId.encode(), digest_size=16, key=key).hexdigest()
-            headers.append((b"x-grok-conv-id", digest.encode()))
+            headers["x-grok-conv-id"] = hashlib.blake2b(chat.sessionId.encode(), digest_size=16, key=key).hexdigest()
         if traceparent is not None:
-            headers.append((b"traceparent", traceparent.encode()))
-        return await self._ask("POST", self._completions_url, encode(body), headers)
+            headers["traceparent"] = traceparent
+        content = encode(body)
+        headers["Content-Length"] = str(len(content))
+        return await self._ask("POST", self._completions_url, headers, content)
 
-    async def _ask(
-        self, method: str, url: httpx.URL, body: bytes = b"", headers: Sequence[tuple[bytes, bytes]] = ()
-    ) -> httpx.Response:
+    async def _ask(self, method: str, url: httpx.URL, headers: httpx.Headers, body: bytes = b"") -> httpx.Response:
         # A client around the transport would merge URLs, headers and cookies for each request: a third of the cost
         # of a short stream, and nothing here has any use for it.
         request = httpx.Request(
             method,
             url,
-            headers=[*self._headers, (b"Content-Length", b"%d" % len(body)), *headers],
+            headers=headers,
             stream=httpx.ByteStream(body),
             extensions={"timeout": {"connect": self.settings.connect_timeout}},
         )
@@ -144,7 +145,7 @@ class Grok:
         self.key_usable = True  # also for every answer that is unclear
         try:
             async with asyncio.timeout(KEY_CHECK_TIMEOUT):
-                response = await self._ask("GET", self._key_url)
+                response = await self._ask("GET", self._key_url, self._headers)
                 body = await response.aread()
             if response.status_code == 200:
                 state = decode_key_state(body)
