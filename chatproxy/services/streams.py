@@ -172,14 +172,13 @@ class Answer:
 
     def __init__(self, upstream: Upstream, report: Report, key: tuple[str, str] | None, digest: bytes) -> None:
         self.id = secrets.token_urlsafe(16)  # 128 bits: it is the ticket of whoever reads the answer
-        self.upstream = upstream
+        self.upstream: Upstream | None = upstream  # until it has ended
         self.report = report
         self.key = key
         self.digest = digest
         self.decided = asyncio.Event()  # Grok's first chunk is here, or its refusal
         self.refused: ChatError | None = None
         self.told = False  # the caller has its status, and so the id
-        self.ended = False
         self.readers = 0
         self.written = 0
         self.read = 0  # the highest number given to any reader
@@ -284,7 +283,7 @@ class Streams:
 
     def stop(self, stream: str) -> None:
         """Hang up, if that answer is still running."""
-        if answer := self._answers.get(stream):
+        if (answer := self._answers.get(stream)) and answer.upstream:
             answer.upstream.interrupt(Stopped())
 
     async def aclose(self) -> None:
@@ -308,7 +307,7 @@ class Streams:
             log.exception("an answer ended by a mistake of ours")
             await self._fail(answer, InternalError())
         finally:
-            answer.ended = True
+            answer.upstream = None
             answer.decided.set()
             if answer.farewell:
                 answer.farewell.cancel()
@@ -345,7 +344,7 @@ class Streams:
             yield
         finally:
             answer.readers -= 1
-            if not answer.readers and not answer.ended:
+            if not answer.readers and answer.upstream:
                 # Whoever left before the status, and gave no key, has no way to come back.
                 window = self._resume_window if answer.told or answer.key else 0
                 loop = asyncio.get_running_loop()
