@@ -11,17 +11,27 @@ from msgspec import Meta, Raw, Struct
 
 from chatproxy.errors import ChatError, InvalidJSON, InvalidRequest
 
+
+class Private:
+    """What somebody said: it stays out of reprs, and so out of logs and tracebacks."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(...)"
+
+
 # What a browser sends (contract A1). Unknown fields are ignored.
 
 
-class Message(Struct, frozen=True):
+class Message(Private, Struct, frozen=True):
     """One turn of the conversation."""
 
     role: Literal["user", "assistant", "system"]
     content: Annotated[str, Meta(min_length=1, description="Never empty: Grok refuses empty messages.")]
 
 
-class Chat(Struct, frozen=True):
+class Chat(Private, Struct, frozen=True):
     """A conversation to be continued by Grok."""
 
     messages: Annotated[list[Message], Meta(min_length=1, description="The conversation so far, oldest first.")]
@@ -77,7 +87,7 @@ class Finish(Struct):
 # many of them, and none is part of a cycle.)
 
 
-class Delta(Struct, gc=False):
+class Delta(Private, Struct, gc=False):
     content: str | None = None
     reasoning_content: str | None = None
 
@@ -87,7 +97,7 @@ class Choice(Struct, gc=False):
     finish_reason: str | None = None
 
 
-class Chunk(Struct, gc=False):
+class Chunk(Private, Struct, gc=False):
     """A chat completion chunk, or the error that Grok sends in a chunk's place."""
 
     choices: list[Choice] | None = None
@@ -107,10 +117,10 @@ class Usage(Struct):
     completion_tokens_details: Details | None = None
 
 
-class Refusal(Struct):
+class Refusal(Private, Struct):
     """The body of an upstream error: `error` is a string, or an object with a message and a code."""
 
-    class Detail(Struct):
+    class Detail(Private, Struct):
         message: str = ""
         code: str | int | None = None
 

@@ -1,0 +1,176 @@
+"""What people say, what Grok says and the key are seen by nobody who runs the service (E5)."""
+
+import io
+import json
+import logging
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from chatproxy import logs, schemas
+from chatproxy.config import load
+from tests.conftest import Service, environment, serving, spawned
+from tests.readers import standard
+from tests.upstream import CLOSE, HANG, RESET, Script, Upstream, chunk, error, frame, sse, stream
+
+pytestmark = pytest.mark.anyio
+
+KEY = "xai-canarykey0123456789"
+TOKEN = "canarytoken0123456789"  # noqa: S105 -- of this test only
+PROMPT = "canaryprompt and something after it"
+ANSWER = "canaryanswer"
+SESSION = "canarysession"
+SYSTEM = "canarysystem"
+CANARY = "canary"
+
+QUOTES = f"Incorrect API key provided: {KEY}. You said: {PROMPT}. See https://canary.example or mail canary@x.example."
+
+# Every way that Grok may go, each full of canaries.
+SCRIPTS: list[Script] = [
+    stream(ANSWER, reasoning=[ANSWER]),
+    stream(ANSWER, CLOSE),
+    stream(ANSWER, RESET),
+    stream(finish="length", reasoning=[ANSWER]),
+    sse(frame(chunk({"content": ANSWER})), frame({"error": QUOTES, "code": "x"})),
+    sse(frame(chunk({"content": ANSWER})), b"data: {" + ANSWER.encode() + b"\n\n"),
+    sse(b"data: " + ANSWER.encode() + b"\n\n"),
+    sse(frame(chunk({"content": ANSWER}, usage={"prompt_tokens": ANSWER}))),
+    error(400, {"code": "invalid-argument", "error": QUOTES}),
+    error(400, {"error": {"message": QUOTES, "code": 400}}),
+    error(401, QUOTES),
+    error(403, {"code": "permission-denied", "error": f"Content violates usage guidelines. {PROMPT}"}),
+    error(422, {"error": QUOTES}),
+    error(500, f"<html>{QUOTES}</html>"),
+    error(503, {"error": QUOTES}),
+    error(302, QUOTES, {"Location": "https://canary.example"}),
+    error(200, {"choices": [{"message": {"content": ANSWER}}]}),
+    [ANSWER.encode(), CLOSE],
+]
+
+
+async def every_way(service: Service) -> list[httpx.Response]:
+    """Everything that a caller may do, full of canaries; gives the answers that are no streams."""
+    fields = {"sessionId": SESSION, CANARY: CANARY}
+    headers = {"Authorization": f"Bearer {TOKEN}", "Idempotency-Key": CANARY}
+    answers = []
+    for resumable in (False, True):
+        for number, _ in enumerate(SCRIPTS):
+            key = {"Idempotency-Key": f"{CANARY}-{number}"}
+            response = await service.ask(PROMPT, resumable=resumable, headers={**headers, **key}, **fields)
+            assert all(CANARY not in event.data for event in standard(response.content) if event.type == "error")
+            if response.status_code != 200:
+                answers.append(response)
+    async with service.asking(PROMPT, headers=headers) as live:  # the last script hangs; this one leaves
+        await live.event()
+    body = json.dumps({"messages": [{"role": "user", "content": PROMPT}]})
+    for content in (
+        *(f"{{{CANARY}", f'"{CANARY}"', body.replace("user", CANARY), body.replace('"content"', f'"{CANARY}"')),
+        *(body[:-1] + f', "include": ["{CANARY}"]}}', body[:-1] + f', "resumable": "{CANARY}"}}', body * 2),
+    ):
+        headers["Content-Type"] = "application/json"
+        answers.append(await service.client.post("/api/chat", content=content, headers=headers))
+    answers += [
+        await service.client.post("/api/chat", content=body, headers={**headers, "Content-Type": f"text/{CANARY}"}),
+        await service.client.post("/api/chat", content=body, headers={**headers, "Accept": f"image/{CANARY}"}),
+        await service.client.post("/api/chat", content=body, headers={"Authorization": f"Bearer {CANARY}"}),
+        await service.client.post(f"/{CANARY}?{CANARY}={CANARY}", content=body),
+        await service.client.get(f"/api/chat/{CANARY}/stream", headers={"Last-Event-ID": f"{CANARY}-1"}),
+        await service.client.get("/healthz", headers={"X-Request-ID": f"{CANARY} {CANARY}"}),
+        await service.client.get("/readyz", headers={"Cookie": CANARY, "User-Agent": CANARY, "Referer": CANARY}),
+        await service.client.post("/api/chat", content=body, headers={"Origin": f"https://{CANARY}.example"}),
+        await service.client.get("/metrics", headers={"Host": f"{CANARY}.example"}),
+        await service.client.request(CANARY.upper(), "/api/chat", content=body),
+        await service.client.get("/metrics"),
+    ]
+    return answers
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+@pytest.mark.parametrize("transport", ["own", "httpx"])
+async def test_nowhere(log_format: str, transport: str) -> None:
+    """Neither in logs at the level of debugging, errors, metrics, nor the list of processes; through every failure."""
+    grok = Upstream(*SCRIPTS, *SCRIPTS, stream(ANSWER, HANG), key=error(400, {"error": QUOTES}))
+    async with (
+        grok,
+        spawned(
+            grok.url,
+            python=("-X", "dev"),
+            grok_api_key=KEY,
+            access_tokens=TOKEN,
+            system_prompt=SYSTEM,
+            grok_transport=transport,
+            log_level="debug",
+            log_format=log_format,
+            grok_retries=0,
+            resume_window=0.2,
+            drain_timeout=0,
+        ) as service,
+    ):
+        answers = await every_way(service)
+        command = Path(f"/proc/{service.pid}/cmdline").read_bytes()
+        async with service.asking(PROMPT, headers={"Authorization": f"Bearer {TOKEN}"}) as live:
+            await live.event()
+            service.process.send_signal(signal.SIGTERM)
+            await live.rest()
+        assert await service.exit_code() == 0
+    assert len(grok.calls) == 2 * len(SCRIPTS) + 2
+    for answer in answers:
+        assert CANARY not in answer.text
+        assert CANARY not in str(answer.headers).lower()
+    assert len(service.stderr.splitlines()) > len(grok.calls)
+    assert [line for line in service.stderr.splitlines() if CANARY in line.lower()] == []
+    assert CANARY.encode() not in command
+
+
+@pytest.fixture(params=[logs.TextFormatter, logs.JSONFormatter])
+def written(request: pytest.FixtureRequest) -> Iterator[io.StringIO]:
+    """What the service would write to its log."""
+    written = io.StringIO()
+    handler = logging.StreamHandler(written)
+    handler.setFormatter(request.param())
+    logging.getLogger().addHandler(handler)
+    yield written
+    logging.getLogger().removeHandler(handler)
+
+
+def broken(*said: object) -> None:
+    """A mistake of ours that quotes what it was given."""
+    raise ValueError(f"{PROMPT} {said}") from KeyError(KEY)
+
+
+@pytest.mark.parametrize("place", ["routes.decode_chat", "services.relay.encode", "services.grok.encode"])
+@pytest.mark.parametrize("resumable", [False, True])
+async def test_tracebacks(
+    place: str,
+    resumable: bool,
+    written: io.StringIO,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The traceback of a mistake of ours tells where it happened, and nothing that was said."""
+    monkeypatch.setattr(f"chatproxy.{place}", broken)
+    async with Upstream(stream(ANSWER)) as grok, serving(grok.url, grok_api_key=KEY, log_level="debug") as service:
+        response = await service.ask(PROMPT, include=["finish"], resumable=resumable)
+    caplog.clear()
+    assert "internal_error" in response.text
+    errors = [event.data for event in standard(response.content) if event.type == "error"] or [response.text]
+    assert CANARY not in errors[0] + written.getvalue().replace(Path(__file__).name, "")
+    [line] = [line for line in written.getvalue().splitlines() if "mistake of ours" in line]
+    assert "ValueError" in line
+    assert f"{Path(__file__).name}:" in line
+
+
+async def test_reprs() -> None:
+    """What holds the key or what was said does not show it."""
+    settings = load(environment("http://localhost/v1", grok_api_key=KEY, system_prompt=SYSTEM, access_tokens=TOKEN))
+    body = {"messages": [{"role": "user", "content": PROMPT}], "sessionId": SESSION}
+    chat = schemas.decode_chat(json.dumps(body).encode())
+    said = schemas.decode_chunk(frame(chunk({"content": ANSWER}, error=ANSWER, usage={CANARY: 1}))[6:])
+    request = schemas.CompletionRequest("grok", chat.messages, True, {})
+    refused = schemas.decode_refusal(json.dumps({"error": {"message": ANSWER}, "code": 1}).encode())
+    for holder in (settings, chat, chat.messages, said, said.choices, request, refused):
+        assert CANARY not in repr(holder)
+        assert len(repr(holder)) > 5
