@@ -153,11 +153,11 @@ def code(event: Event) -> Any:
     return json.loads(event.data)["error"]["code"]
 
 
-async def forgotten(service: Service, url: str, within: float = 5) -> None:
-    """Wait until nothing of that answer is known any more."""
+async def forgotten(service: Service, url: str, after: str | None = None, within: float = 5) -> None:
+    """Wait until nothing of that answer is known any more, reading meanwhile what lies after that id."""
     async with asyncio.timeout(within):
         while True:
-            if (await rest(service, url)).status_code == 404:
+            if (await rest(service, url, after)).status_code == 404:
                 return
             await asyncio.sleep(0.02)  # nobody tells when it is so
 
