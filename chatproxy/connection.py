@@ -43,6 +43,7 @@ class Connection(HttpToolsProtocol):
         self.eof_received()
         self._clock.cancel()
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()  # uvicorn forgets it, and with it keeps all of a connection that was reset
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in uvicorn
         super().connection_made(cast(asyncio.Transport, HeadJoiner(transport)))
@@ -120,5 +121,5 @@ class HeadJoiner:
         self._transport.close()
 
     def _flush(self) -> None:
-        if self._head:
+        if self._head and not self._transport.is_closing():
             self.write(b"")
