@@ -4,6 +4,8 @@ Does not know HTTP, tasks or the event-stream format.
 """
 
 import json
+import re
+from itertools import accumulate
 from typing import Annotated, Any, Literal, NoReturn
 
 import msgspec
@@ -155,11 +157,17 @@ decode_key_state = msgspec.json.Decoder(KeyState).decode
 
 _decode_chat = msgspec.json.Decoder(Chat).decode
 
+# Of a request body. A chat is three deep; what is unknown in it is ignored, but has to be read.
+MAX_DEPTH = 100
+
 
 def decode_chat(body: bytes) -> Chat:
     """The validated chat. Raises InvalidJSON or InvalidRequest, which names the field and no value."""
     try:
         chat = _decode_chat(body)
+        # How deep a parser can go depends on the version of Python; how deep a body may be does not.
+        if body.count(b"[") + body.count(b"{") > MAX_DEPTH and _depth(body) > MAX_DEPTH:
+            raise InvalidJSON
         # msgspec keeps the last of two equal keys; another reader of the same bytes may keep the first.
         _find_duplicates(body.decode())
     except msgspec.ValidationError as error:
@@ -167,6 +175,14 @@ def decode_chat(body: bytes) -> Chat:
     except (ValueError, RecursionError):  # msgspec.DecodeError and UnicodeDecodeError are ValueErrors
         raise InvalidJSON from None
     return chat
+
+
+def _depth(body: bytes) -> int:
+    brackets = _STRINGS_AND_THE_REST.sub(b"", body)
+    return max(accumulate(map({91: 1, 123: 1, 93: -1, 125: -1}.__getitem__, brackets)), default=0)
+
+
+_STRINGS_AND_THE_REST = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[^][{}]', re.DOTALL)
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:
