@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import Spawned, serving, spawned
 from tests.readers import DONE, joined, standard
-from tests.upstream import HANG, Gate, Upstream, stream
+from tests.upstream import HANG, Gate, Upstream, error, stream
 from tests.wire.test_resume import address, code, forgotten, name, reading, repost, rest
 
 pytestmark = pytest.mark.anyio
@@ -75,6 +75,20 @@ async def test_answers_that_make_room(grok: Upstream) -> None:
         assert [code(event) for event in await repost(service, f"{name(first)}-3")] == ["replay_lost"]
         await forgotten(service, first)
         assert len(grok.calls) == 4
+
+
+async def test_late_failure_that_makes_room() -> None:
+    """So it is with an answer that failed before its first chunk, of which the failure is all there is."""
+    gate = Gate()
+    scripts = [[gate, *error(401, {"error": "x"})], stream(*["x" * 100] * 10)]
+    changes = {"status_hold": 0.05, "replay_total_bytes": 1000}
+    async with Upstream(*scripts) as grok, serving(grok.url, **changes) as service:
+        url = await address(service)
+        gate.open()
+        [failed] = standard((await rest(service, url)).content)
+        await rest(service, await address(service))
+        assert (await rest(service, url, failed.id)).status_code == 204
+        assert [code(event) for event in standard((await rest(service, url)).content)] == ["replay_lost"]
 
 
 async def test_running_answers_are_kept_longest(grok: Upstream) -> None:
