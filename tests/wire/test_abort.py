@@ -89,6 +89,7 @@ async def storm(grok: Upstream, service: Service, streams: int) -> None:
             for _ in range(TOGETHER):
                 group.create_task(abort(service, chance))
         assert (await service.client.get("/healthz", headers=last)).is_success  # it has caught up
+    await grok.until(lambda: grok.playing == 0)  # everybody was hung up on
 
     grok.play(LIMITED)
     refused = await asyncio.gather(*(service.ask(headers=last) for _ in range(REFUSED)))
