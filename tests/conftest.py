@@ -27,7 +27,7 @@
 * `refusal(response)`, `failure(event, response)`: the error of an answer, of an `event: error`; checked to be whole.
 
 Unless changed: a key, no retries other than the defaults, HOST=127.0.0.1, and a port that is free.
-A test that makes anything log a traceback fails. With REQUIRE_ALL=1 a skipped test is a failed one.
+A test that makes anything log a traceback fails. With REQUIRE_ALL=1 a skipped test is a failed one. GROK_TRANSPORT=httpx runs the tests over httpx's own transport.
 """
 
 import asyncio
@@ -59,7 +59,14 @@ PATIENCE = 10.0
 
 def environment(upstream_url: str, **changes: object) -> dict[str, str]:
     """The variables for a service whose Grok is at this address."""
-    values = {"grok_base_url": upstream_url, "grok_api_key": KEY, "host": "127.0.0.1", "port": 0, **changes}
+    values = {
+        "grok_base_url": upstream_url,
+        "grok_api_key": KEY,
+        "grok_transport": os.environ.get("GROK_TRANSPORT"),
+        "host": "127.0.0.1",
+        "port": 0,
+        **changes,
+    }
     return {
         name.upper(): str(value).lower() if isinstance(value, bool) else str(value)
         for name, value in values.items()

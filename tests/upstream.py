@@ -41,6 +41,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
@@ -427,7 +428,7 @@ class Upstream:
 
     def _script(self, call: Call) -> Steps:
         script: Script
-        match call.method, call.path:
+        match call.method, urlsplit(call.path).path:  # asked as an HTTP proxy, it is the target as well
             case "POST", "/v1/chat/completions":
                 self.calls.append(call)
                 script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]

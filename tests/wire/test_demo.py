@@ -1,0 +1,58 @@
+"""Without a key (contract F6): the built-in demo, over the same wire and through the same code."""
+
+import asyncio
+from time import monotonic
+
+import pytest
+
+from tests.conftest import PATIENCE, serving, spawned
+from tests.readers import DONE, Event, answer, joined, naive
+from tests.upstream import Upstream
+
+pytestmark = pytest.mark.anyio
+
+NOBODY = "http://127.0.0.1:1/v1"
+
+
+async def test_demo_says_what_it_is() -> None:
+    """The answer, the log and /readyz say that nobody pays and nobody thinks; a stop in between is tidy."""
+    async with spawned(NOBODY, grok_api_key=None) as service:
+        assert (await service.client.get("/readyz")).json() == {"status": "ok", "demo": True}
+        response = await service.ask(include=["reasoning", "finish"])
+        *events, finish, last = naive(response.content)
+        assert last == Event(DONE)
+        assert (finish.type, '"finish_reason":"stop"' in finish.data) == ("finish", True)
+        kinds = [event.type for event in events]
+        assert kinds == sorted(kinds, key=lambda kind: kind != "reasoning")  # first it thinks, then it speaks
+        text = joined([event for event in events if event.type != "reasoning"])
+        assert "demo" in text
+        assert "GROK_API_KEY" in text
+        assert "**" in text  # markdown
+        assert "\n\n" in text
+        assert "👋" in text
+        async with service.asking() as live:
+            assert await live.event() is not None
+            service.process.terminate()
+        assert await service.exit_code(within=PATIENCE) == 0
+    assert "built-in demo" in service.stderr
+
+
+async def test_demo_at_a_human_pace() -> None:
+    """The demo's tokens come one after the other, for as long as one reads along, and two callers at a time."""
+    async with serving(NOBODY, grok_api_key=None) as service:
+        started = monotonic()
+        responses = await asyncio.gather(service.ask(), service.ask())
+        assert 1 < monotonic() - started < 20
+    assert answer(responses[0].content) == answer(responses[1].content)
+
+
+async def test_http_proxy() -> None:
+    """Where an HTTP proxy is configured, httpx's transport takes the chat there; NO_PROXY is heeded."""
+    async with Upstream() as proxy:
+        way = proxy.url.removesuffix("/v1")
+        async with spawned("http://grok.invalid/v1", http_proxy=way) as service:
+            assert answer((await service.ask()).content)
+        assert proxy.calls[0].path == "http://grok.invalid/v1/chat/completions"
+        async with spawned(proxy.url, http_proxy="http://127.0.0.1:1", no_proxy="127.0.0.1") as service:
+            assert answer((await service.ask()).content)
+        assert proxy.calls[1].path == "/v1/chat/completions"
