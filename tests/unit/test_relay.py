@@ -37,8 +37,8 @@ class Grok:
         for number, read in enumerate(self._reads, 1):
             self.done = number == len(self._reads) and self._fails is None
             yield [decode_chunk(json.dumps(item).encode()) for item in read]
-        if self._fails:
-            raise self._fails
+        assert self._fails is not None
+        raise self._fails
 
     @asynccontextmanager
     async def answer(self) -> AsyncIterator["Grok"]:

@@ -4,13 +4,14 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import httpx
 import pytest
 
 from tests.conftest import HI, Caller, Local, failure, refusal, serving, spawned
 from tests.readers import standard
-from tests.upstream import CLOSE, Upstream, error, stream
+from tests.upstream import CLOSE, HANG, Upstream, error, stream
 
 pytestmark = pytest.mark.anyio
 
@@ -511,14 +512,39 @@ async def test_endless_head(grok: Upstream, service: Local, begin: bytes, more: 
     grok.play()
     sent = 0
     async with service.caller() as caller:
-        with pytest.raises(ConnectionError):  # noqa: PT012 -- it is cut at any of these
+        with pytest.raises(ConnectionError):  # noqa: PT012 -- at any of these
             await caller.send(begin)
             while sent < 50_000_000:
                 await caller.send(more)
                 sent += len(more)
-            await caller.rest()
     assert sent < 10_000_000
     assert grok.calls == []
+
+
+@pytest.mark.parametrize("garbage", [b"canary\r\n\r\n", b"GET / HTTP/1.1\r\nX: " + b"y" * 300_000])
+async def test_garbage_after_a_request(grok: Upstream, service: Local, garbage: bytes) -> None:
+    """What is no request, sent while an answer is on its way, ends the connection and gets no answer in its midst."""
+    grok.play(stream("a", HANG))
+    async with service.caller() as caller:
+        await caller.post({"messages": HI})
+        await caller.until(b"data: a\n\n\r\n")
+        await caller.send(garbage)
+        with suppress(ConnectionError):
+            assert await caller.rest() == b""
+    await grok.calls[0].hung_up()
+
+
+async def test_mistake_within_a_mistake(
+    grok: Upstream, service: Local, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where even the failure cannot be told, the answer is cut off, and logged once."""
+    monkeypatch.setattr("chatproxy.services.relay.encode", lambda _: int("x"))
+    monkeypatch.setattr("chatproxy.responses.failed", lambda *_: int("y"))
+    grok.play(stream("a"))
+    with pytest.raises(httpx.RemoteProtocolError):
+        await service.ask(include=["finish"])
+    assert [record.levelname for record in caplog.records if record.name == "chatproxy.middleware"] == ["ERROR"]
+    caplog.clear()
 
 
 async def answer(caller: Caller) -> httpx.Response:

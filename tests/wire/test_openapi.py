@@ -129,7 +129,7 @@ async def test_nothing_else_is_answered(phases: str, header: str, changes: dict[
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "schemathesis.cli", "run", f"{service.url}/openapi.json"),
             *("--checks", ",".join(CHECKS), "--header", header, "--phases", phases),
-            *("--max-examples", "20", "--seed", "1", "--no-color"),
+            *("--max-examples", "12", "--seed", "1", "--no-color"),
             cwd=tmp_path,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,

@@ -320,7 +320,9 @@ async def dropping(service: Service, url: str, cuts: list[int]) -> list[Event]:
     """All events, by a reader whose connection is cut off after so many bytes each time, by FIN or by RST."""
     events: list[Event] = []
     after = ""
-    for cut in [*cuts, 2**60]:
+    to_come = iter(cuts)
+    while not events or events[-1].data != DONE:
+        cut = next(to_come, 2**60)
         parser = Standard()
         async with service.caller() as caller:
             await caller.send(f"GET {url} HTTP/1.1\r\nHost: localhost\r\nLast-Event-ID: {after}\r\n\r\n".encode())
@@ -332,8 +334,6 @@ async def dropping(service: Service, url: str, cuts: list[int]) -> list[Event]:
             if cut % 2:
                 caller.reset()
         after = parser.last_event_id
-        if events and events[-1].data == DONE:
-            break
     return events
 
 
