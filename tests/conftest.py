@@ -27,7 +27,8 @@
 * `refusal(response)`, `failure(event, response)`: the error of an answer, of an `event: error`; checked to be whole.
 
 Unless changed: a key, no retries other than the defaults, HOST=127.0.0.1, and a port that is free.
-A test that makes anything log a traceback fails. With REQUIRE_ALL=1 a skipped test is a failed one. GROK_TRANSPORT=httpx runs the tests over httpx's own transport.
+A test that makes anything log a traceback fails. With REQUIRE_ALL=1 a skipped test is a failed one.
+GROK_TRANSPORT=httpx runs the tests over httpx's own transport; those marked `own_transport` then have no use.
 """
 
 import asyncio

@@ -145,6 +145,7 @@ FLOODS: dict[str, tuple[Callable[[], Iterator[Step]], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.own_transport
 @LINUX
 @pytest.mark.parametrize(("flood", "code"), FLOODS.values(), ids=FLOODS.keys())
 async def test_flood_of_grok(flood: Callable[[], Iterator[Step]], code: str) -> None:

@@ -140,6 +140,7 @@ async def test_cost_of_callers() -> None:
         assert await linear(cost, 100)
 
 
+@pytest.mark.own_transport
 @pytest.mark.parametrize("resumable", [False, True], ids=["plain", "resumable"])
 @pytest.mark.parametrize(("text", "count"), [("token ", 100_000), ("x" * 4_000, 10_000)], ids=["tokens", "bytes"])
 async def test_memory_of_a_long_answer(text: str, count: int, resumable: bool) -> None:

@@ -251,6 +251,7 @@ async def connecting(url: str, number: int) -> None:
             await asyncio.sleep(0.01)  # the kernel tells nobody
 
 
+@pytest.mark.own_transport
 @ways
 async def test_leaving_while_tls_begins(ends: Ends, leave: Callable[[Caller], None]) -> None:
     """A connection to Grok is given up also while TLS is being agreed on."""
