@@ -13,7 +13,7 @@ import math
 import random
 import re
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from types import TracebackType
 from typing import NoReturn, Self, cast
 from urllib.request import getproxies, proxy_bypass
@@ -142,19 +142,21 @@ class Grok:
             await asyncio.sleep(KEY_CHECK_INTERVAL)
 
     async def _check_key(self) -> bool:
-        self.key_usable = True  # also for every answer that is unclear
+        usable = True  # also for every answer that is unclear
         try:
             async with asyncio.timeout(KEY_CHECK_TIMEOUT):
                 response = await self._ask("GET", self._key_url, self._headers)
-                body = await response.aread()
+                async with contextlib.aclosing(response):
+                    body = await _beginning(_pieces(response))
             if response.status_code == 200:
                 state = decode_key_state(body)
-                self.key_usable = not (state.team_blocked or state.api_key_blocked or state.api_key_disabled)
+                usable = not (state.team_blocked or state.api_key_blocked or state.api_key_disabled)
             else:
-                self.key_usable = not 400 <= response.status_code <= 403
-        except (httpx.HTTPError, ValueError, TimeoutError) as error:
+                usable = not 400 <= response.status_code <= 403
+        except (httpx.HTTPError, ValueError, RecursionError, TimeoutError) as error:
             log.info("the API key could not be checked: %s", type(error).__name__)
-        return self.key_usable
+        self.key_usable = usable
+        return usable
 
     def failed(self, error: ChatError, detail: str) -> ChatError:
         """Note an upstream failure for the operator. `detail` holds no content."""
@@ -379,13 +381,7 @@ class Completion(Interruptible):
 
     async def _refuse(self, response: httpx.Response) -> NoReturn:
         """Turn an answer that is no event stream into its error."""
-        body = b""
-        with contextlib.suppress(httpx.TransportError, TimeoutError):
-            async with asyncio.timeout(ERROR_TIMEOUT):
-                async for piece in self._pieces:
-                    body += piece[:MAX_ERROR_BYTES]
-                    if len(body) > MAX_ERROR_BYTES:
-                        break
+        body = await _beginning(self._pieces)
         status = response.status_code
         error = _classify(status, _read_refusal(body)[1].lower())
         after: int | None = None
@@ -442,6 +438,22 @@ _PRIVATE = re.compile(
     r"|[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}"  # UUIDs
     r"|\S+@\S+|https?://\S+|\b\d{1,3}(?:\.\d{1,3}){3}\b|(?:[0-9a-fA-F]{1,4}:){3,7}[0-9a-fA-F]{1,4}"  # addresses
 )
+
+
+def _pieces(response: httpx.Response) -> AsyncIterator[bytes]:
+    return aiter(cast(httpx.AsyncByteStream, response.stream))
+
+
+async def _beginning(pieces: AsyncIterator[bytes]) -> bytes:
+    """The body of a short answer: up to a size, a time, or its breaking off."""
+    body = b""
+    with contextlib.suppress(httpx.TransportError, TimeoutError):
+        async with asyncio.timeout(ERROR_TIMEOUT):
+            async for piece in pieces:
+                body += piece[:MAX_ERROR_BYTES]
+                if len(body) > MAX_ERROR_BYTES:
+                    break
+    return body
 
 
 def _root_cause(error: BaseException) -> str:
