@@ -3,13 +3,16 @@
 import asyncio
 import json
 import re
+import socket
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
 import httpx
 import pytest
 
-from tests.conftest import HI, Caller, Local, failure, refusal, serving, spawned
+from chatproxy.config import load
+from chatproxy.server import listen
+from tests.conftest import HI, Caller, Local, environment, failure, refusal, serving, spawned
 from tests.readers import standard
 from tests.upstream import CLOSE, HANG, Upstream, error, stream
 
@@ -100,6 +103,7 @@ HOSTILE: dict[str, tuple[bytes, tuple[int, str]]] = {
     "cross-site without an origin": (request("/api/chat", ("Sec-Fetch-Site", "cross-site")), FOREIGN_ORIGIN),
     "cross-site and null": (origin("null", ("Sec-Fetch-Site", "cross-site")), FOREIGN_ORIGIN),
     "foreign with a large body": (request("/api/chat", ("Origin", "null"), body=b"x" * 60_000), FOREIGN_ORIGIN),
+    "foreign, its body still to come": (request("/api/chat", ("Origin", "null"), length="9", body=b""), FOREIGN_ORIGIN),
     "foreign preflight": (
         origin("https://evil.example", ("Access-Control-Request-Method", "POST"), method="OPTIONS"),
         FOREIGN_ORIGIN,
@@ -117,9 +121,11 @@ HOSTILE: dict[str, tuple[bytes, tuple[int, str]]] = {
     "JSON as a parameter": (request(content_type="text/plain; application/json"), NOT_JSON),
     "two types in one": (request(content_type="text/plain, application/json"), NOT_JSON),
     "two types": (request("/api/chat", ("Content-Type", JSON), content_type="text/plain"), NOT_JSON),
+    "another type, its body still to come": (request(content_type="text/plain", length="9", body=b""), NOT_JSON),
     "a longer type": (request(content_type="application/json+x"), NOT_JSON),
     # Hosts
     "rebinding": (request(host="evil.example"), FOREIGN_HOST),
+    "rebinding, its body still to come": (request(host="evil.example", length="9", body=b""), FOREIGN_HOST),
     "rebinding with a port": (request(host="evil.example:8000"), FOREIGN_HOST),
     "an address in a name": (request(host="127.0.0.1.nip.io"), FOREIGN_HOST),
     "localhost in a name": (request(host="localhost.evil.example"), FOREIGN_HOST),
@@ -545,6 +551,14 @@ async def test_mistake_within_a_mistake(
         await service.ask(include=["finish"])
     assert [record.levelname for record in caplog.records if record.name == "chatproxy.middleware"] == ["ERROR"]
     caplog.clear()
+
+
+def test_tokens_do_not_wait_for_acknowledgements() -> None:
+    """Every connection sends what is written at once, whatever the event loop makes of it."""
+    with listen(load(environment("http://localhost/v1"))) as sock, socket.create_connection(sock.getsockname()):
+        accepted, _ = sock.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 async def answer(caller: Caller) -> httpx.Response:
