@@ -543,13 +543,16 @@ async def test_garbage_after_a_request(grok: Upstream, service: Local, garbage: 
 async def test_mistake_within_a_mistake(
     grok: Upstream, service: Local, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where even the failure cannot be told, the answer is cut off, and logged once."""
+    """Where even the failure cannot be told, the answer is cut off, and both mistakes are logged."""
     monkeypatch.setattr("chatproxy.services.relay.encode", lambda _: int("x"))
     monkeypatch.setattr("chatproxy.responses.failed", lambda *_: int("y"))
     grok.play(stream("a"))
     with pytest.raises(httpx.RemoteProtocolError):
         await service.ask(include=["finish"])
-    assert [record.levelname for record in caplog.records if record.name == "chatproxy.middleware"] == ["ERROR"]
+    assert [record.name for record in caplog.records if record.exc_info] == [
+        "chatproxy.responses",
+        "chatproxy.middleware",
+    ]
     caplog.clear()
 
 
