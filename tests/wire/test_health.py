@@ -7,7 +7,7 @@ from itertools import chain, repeat
 
 import pytest
 
-from tests.conftest import KEY, Local, Service, serving
+from tests.conftest import KEY, PATIENCE, Local, Service, serving
 from tests.readers import answer
 from tests.upstream import CLOSE, GOOD_KEY, HANG, RESET, Gate, Script, Upstream, error, head, refusing, unreachable
 
@@ -136,7 +136,8 @@ async def test_key_that_is_mended(monkeypatch: pytest.MonkeyPatch) -> None:
         await becomes(service, USELESS)
         gate = Gate()
         grok.key = [gate, *error(200, GOOD_KEY)]
-        await gate.reached.wait()
+        async with asyncio.timeout(PATIENCE):
+            await gate.reached.wait()
         assert await ready(service) == USELESS
         gate.open()
         await becomes(service, READY)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import HI, Caller, Local, serving
+from tests.conftest import HI, PATIENCE, Caller, Local, serving
 from tests.upstream import (
     STREAM_HEAD,
     Call,
@@ -117,7 +117,8 @@ async def test_leaving(
     gate = Gate()
     async with service.caller() as caller:
         call = await started(grok, caller, script(gate))
-        await gate.reached.wait()
+        async with asyncio.timeout(PATIENCE):
+            await gate.reached.wait()
         if begun:
             assert (await caller.head())[0] == 200
         leave(caller)

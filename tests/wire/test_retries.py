@@ -8,7 +8,7 @@ from itertools import pairwise
 import httpx
 import pytest
 
-from tests.conftest import HI, Local, failure, refusal, serving
+from tests.conftest import HI, PATIENCE, Local, failure, refusal, serving
 from tests.readers import answer
 from tests.upstream import (
     CLOSE,
@@ -304,7 +304,8 @@ async def test_never_for_nobody(accept: str) -> None:
     async with Upstream([gate, *OVERLOADED], stream("late")) as grok, serving(grok.url) as service:
         async with service.caller() as caller:
             await caller.post({"messages": HI}, Accept=accept)
-            await gate.reached.wait()
+            async with asyncio.timeout(PATIENCE):
+                await gate.reached.wait()
             caller.close()
             await grok.calls[0].hung_up()
         gate.open()
