@@ -288,3 +288,13 @@ async def test_env_file(tmp_path: Path) -> None:
     assert sent["model"] == "from $HOME"
     assert sent["messages"][0] == {"role": "system", "content": "real"}
     assert "reasoning_effort" not in sent
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("origins", "warnings"), [("*", 1), ("https://example.com", 0)])
+async def test_warning(origins: str, warnings: int) -> None:
+    """Who lets any page spend the key is warned, once."""
+    async with Upstream() as grok, spawned(grok.url, allowed_origins=origins) as service:
+        service.process.terminate()
+        assert await service.exit_code() == 0
+    assert sum("warning ALLOWED_ORIGINS is *" in line for line in service.stderr.splitlines()) == warnings

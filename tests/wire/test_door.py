@@ -203,7 +203,10 @@ async def test_hostile(grok: Upstream, service: Local, sent: bytes, expected: tu
     async with service.caller() as caller:
         await caller.send(sent)
         response = await answer(caller)
-    assert (response.status_code, refusal(response)["code"]) == expected
+    problem = refusal(response)
+    assert (response.status_code, problem["code"]) == expected
+    assert ("ALLOWED_ORIGINS" in problem["message"]) == (expected == FOREIGN_ORIGIN)
+    assert ("ALLOWED_HOSTS" in problem["message"]) == (expected == FOREIGN_HOST)
     assert "Set-Cookie" not in response.headers
     if expected == FOREIGN_ORIGIN and PAGE.encode() not in sent:
         assert "Access-Control-Allow-Origin" not in response.headers
