@@ -399,7 +399,7 @@ class Completion(Interruptible):
     def _describe(self, status: int, body: bytes) -> str:
         """An upstream error for the log: no keys, ids or addresses, and no word of the conversation."""
         code, text = _read_refusal(body)
-        about = f"status {status}, code {code!r}, {len(body)} bytes"
+        about = f"status {status}, code {str(code)[:80]!r}, {len(body)} bytes"
         if self._chat is None:
             return about  # nobody knows any more what was said
         text = text.replace(self._grok.settings.grok_api_key or "xai-", "xai-")
