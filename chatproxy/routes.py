@@ -39,8 +39,8 @@ from chatproxy.limits import Limits, caller
 from chatproxy.metrics import Metrics
 from chatproxy.openapi import describe
 from chatproxy.responses import EventSourceResponse, Exchange, JSONResponse, Watch
-from chatproxy.schemas import Created, Health, decode_chat
-from chatproxy.services.grok import Grok
+from chatproxy.schemas import Chat, Created, Health, decode_chat
+from chatproxy.services.grok import Completion, Grok
 from chatproxy.services.relay import Report, Step, failed, relay
 from chatproxy.services.streams import NOTHING_AFTER, Answer, Streams
 
@@ -70,7 +70,7 @@ async def chat(request: Request[AppState]) -> Response:
     if last_event_id := request.headers.get("last-event-id"):
         return await _resume(request, last_event_id)
     state = request.state
-    wanted = _wanted(",".join(request.headers.getlist("accept")))
+    wanted = _wanted(_accept(request))
     _authorize(request)
     if state["draining"].is_set():
         raise Draining
@@ -83,7 +83,6 @@ async def chat(request: Request[AppState]) -> Response:
     chat = decode_chat(body)
     if len(chat.messages) > state["settings"].max_messages:
         raise TooManyMessages(param="messages")
-    include = chat.include or ()
 
     traceparent = request.headers.get("traceparent", "")
     upstream = state["grok"].stream(
@@ -93,27 +92,10 @@ async def chat(request: Request[AppState]) -> Response:
     report = Report(exchange.request_id)
     if wanted == "stream" and not chat.resumable:
         exchange.report, exchange.owns_report = report, True
-        events = relay(upstream, report, include)
+        events = relay(upstream, report, chat.include or ())
         return EventSourceResponse(events, state["settings"], state["metrics"], upstream, headers)
 
-    key, digest = _idempotency_key(request), hashlib.sha256(body).digest()
-    # Nothing may be awaited between the look-up and the start, or one key might start two answers.
-    answer = state["streams"].find_key(key, digest)
-    if answer is None:
-        answer = state["streams"].start(
-            lambda frame: relay(upstream, report, include, frame), upstream, report, key, digest
-        )
-    exchange.report = answer.report
-    hold = state["settings"].status_hold
-    url = _stream_url(request, answer)
-    if wanted == "stream":
-        headers["Content-Location"] = url
-        return EventSourceResponse(
-            state["streams"].follow(answer, hold), state["settings"], state["metrics"], headers=headers
-        )
-    with Watch(request.receive):
-        await state["streams"].decide(answer, hold)
-    return JSONResponse(Created(answer.id, url), 201, {**headers, "Location": url})
+    return await _resumable(request, upstream, report, chat, body, headers)
 
 
 async def stream(request: Request[AppState]) -> Response:
@@ -215,6 +197,28 @@ def routes(try_page: bool) -> list[Route]:
     ]
 
 
+async def _resumable(
+    request: Request[AppState], upstream: Completion, report: Report, chat: Chat, body: bytes, headers: dict[str, str]
+) -> Response:
+    """A new resumable answer, or the one that its idempotency key has started: as a stream, or its address."""
+    state = request.state
+    streams, hold = state["streams"], state["settings"].status_hold
+    key, digest = _idempotency_key(request), hashlib.sha256(body).digest()
+    # Nothing may be awaited between the look-up and the start, or one key might start two answers.
+    answer = streams.find_key(key, digest)
+    if answer is None:
+        include = chat.include or ()
+        answer = streams.start(lambda frame: relay(upstream, report, include, frame), upstream, report, key, digest)
+    state["exchange"].report = answer.report
+    url = _stream_url(request, answer)
+    if _wanted(_accept(request)) == "stream":
+        headers["Content-Location"] = url
+        return EventSourceResponse(streams.follow(answer, hold), state["settings"], state["metrics"], headers=headers)
+    with Watch(request.receive):
+        await streams.decide(answer, hold)
+    return JSONResponse(Created(answer.id, url), 201, {**headers, "Location": url})
+
+
 async def _resume(request: Request[AppState], last_event_id: str) -> Response:
     """What fetch-event-source sends when it reconnects. It retries any answer but a stream for ever."""
     streams = request.state["streams"]
@@ -244,6 +248,10 @@ async def _only(frame: bytes) -> AsyncGenerator[Step, None]:
 
 def _stream_url(request: Request[AppState], answer: Answer) -> str:
     return f"{request.scope['root_path']}/api/chat/{answer.id}/stream"
+
+
+def _accept(request: Request[AppState]) -> str:
+    return ",".join(request.headers.getlist("accept"))
 
 
 @lru_cache(256)
