@@ -63,6 +63,9 @@ FINISH_GRACE = 1.0
 MAX_ERROR_BYTES = 65_536
 ERROR_TIMEOUT = 5.0
 
+# How much of its message is searched for what must not be logged, which may take quadratic time.
+MAX_ERROR_TEXT = 1000
+
 # A Retry-After above this is the caller's to wait for, not ours; xAI's own client caps it at 120.
 MAX_RETRY_WAIT = 5
 MAX_RETRY_AFTER = 120
@@ -402,6 +405,8 @@ class Completion(Interruptible):
         about = f"status {status}, code {str(code)[:80]!r}, {len(body)} bytes"
         if self._chat is None:
             return about  # nobody knows any more what was said
+        if len(text) > MAX_ERROR_TEXT:
+            text = text[:MAX_ERROR_TEXT].rpartition(" ")[0]  # or what is private might be cut, and not be found
         text = text.replace(self._grok.settings.grok_api_key or "xai-", "xai-")
         spoken = {word for message in self._chat.messages for word in _WORD.findall(message.content)}
         text = _WORD.sub(lambda word: "…" if word[0] in spoken else word[0], _PRIVATE.sub("…", text))
