@@ -95,7 +95,9 @@ def check(received: bytes, *, raw: bool, tokens: int | None = None) -> int:
     `raw` says that it is the upstream's own stream (through nginx, say) and not the service's. With `tokens` the
     answer must be whole and that long; without, it was cut by us and must be right as far as it goes.
     """
-    head, _, coded = received.partition(b"\r\n\r\n")
+    head, begun, coded = received.partition(b"\r\n\r\n")
+    if tokens is None and not begun:
+        return 0
     if not head.startswith(b"HTTP/1.1 200 ") or b"\r\ntransfer-encoding: chunked" not in head.lower():
         raise WrongAnswerError(f"not an event stream: {head[:200]!r}")
     body, ended = unchunk(coded)

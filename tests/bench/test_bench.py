@@ -85,7 +85,7 @@ def test_wrong_byte() -> None:
 def test_cut_answers(raw: bool) -> None:
     """An answer that the bench cut off itself is right as far as it goes, wherever that is."""
     whole = RAW if raw else SERVED
-    counts = [check(whole[:size], raw=raw) for size in range(len(HEAD), len(whole), 61 if raw else 1)]
+    counts = [check(whole[:size], raw=raw) for size in range(0, len(whole), 61 if raw else 1)]
     assert sorted(set(counts)) == list(range(COUNT + 1))
     assert counts == sorted(counts)
 
