@@ -197,6 +197,7 @@ CHANGES = {"resume_window": 0.1, "replay_ttl": 0.1, "status_hold": 0.02, "grok_r
 
 
 @LINUX
+@pytest.mark.own_transport
 @pytest.mark.anyio
 async def test_nothing_is_left() -> None:
     """After 2,000 broken streams all is as before: objects, tasks, files, memory; in each of two event loops."""
