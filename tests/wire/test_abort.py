@@ -53,7 +53,7 @@ ANSWERS: list[Steps] = [
     stream(*WORDS[:9], RESET),
     stream(*WORDS[:1], HANG),
     stream(*WORDS[:9], 0.01, *WORDS[9:]),
-    stream(*["x" * 20_000] * 30),
+    stream(*["x" * 20_000] * 15),
 ]  # fmt: skip
 
 

@@ -231,7 +231,7 @@ async def stalled(call: Call) -> None:
 
 # Stuck readers (WRITE_TIMEOUT).
 
-WRITE_TIMEOUT = 1.0
+WRITE_TIMEOUT = 0.7
 
 
 def flood(_: Call) -> Steps:

@@ -2,12 +2,13 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
 from itertools import chain, repeat
 
 import pytest
 
-from tests.conftest import HI, Caller, Service, failure, refusal, serving
+from tests.conftest import HI, Caller, Local, Service, failure, refusal, serving
 from tests.readers import answer
 from tests.upstream import (
     DONE,
@@ -31,7 +32,7 @@ from tests.upstream import (
 
 pytestmark = pytest.mark.anyio
 
-LONG = {
+LONG: dict[str, float] = {
     "connect_timeout": 60,
     "first_token_timeout": 60,
     "idle_timeout": 60,
@@ -39,6 +40,25 @@ LONG = {
     "grok_retries": 0,
 }
 SHORT = 0.3
+
+Services = Callable[..., Awaitable[Local]]
+
+
+@pytest.fixture(scope="module")
+async def services(grok: Upstream) -> AsyncIterator[Services]:
+    """One service for each set of changes to the long clocks, made when it is first asked for."""
+    made: dict[tuple[tuple[str, float], ...], Local] = {}
+    async with AsyncExitStack() as stack:
+
+        async def service(**changes: float) -> Local:
+            key = tuple(changes.items())
+            if key not in made:
+                made[key] = await stack.enter_async_context(serving(grok.url, **{**LONG, **changes}))
+            return made[key]
+
+        yield service
+
+
 FIRST = frame(chunk({"role": "assistant", "content": "a"}))
 
 
@@ -105,43 +125,35 @@ async def test_connect_timeout_with_tls() -> None:
 
 @holds
 @pytest.mark.parametrize("begun", [[], [STREAM_HEAD]], ids=["no headers", "headers"])
-async def test_first_token_timeout(hold: float, begun: list[Step]) -> None:
+async def test_first_token_timeout(grok: Upstream, services: Services, hold: float, begun: list[Step]) -> None:
     """No chunk within FIRST_TOKEN_TIMEOUT of the request."""
-    async with (
-        Upstream([*begun, HANG]) as grok,
-        serving(grok.url, **{**LONG, "first_token_timeout": SHORT}, status_hold=hold) as service,
-    ):
-        code, seconds = await told(service, hold)
-        assert code == "first_token_timeout"
-        assert SHORT <= seconds < SHORT + 1
-        await grok.calls[0].hung_up(within=1)
+    grok.play([*begun, HANG])
+    code, seconds = await told(await services(first_token_timeout=SHORT, status_hold=hold), hold)
+    assert code == "first_token_timeout"
+    assert SHORT <= seconds < SHORT + 1
+    await grok.calls[0].hung_up(within=1)
 
 
 @holds
 @silences
-async def test_first_token_timeout_in_silence(hold: float, silence: Callable[[], Steps]) -> None:
+async def test_first_token_timeout_in_silence(
+    grok: Upstream, services: Services, hold: float, silence: Callable[[], Steps]
+) -> None:
     """What is no chunk is no progress."""
-    async with (
-        Upstream(chain([STREAM_HEAD], silence())) as grok,
-        serving(grok.url, **{**LONG, "first_token_timeout": SHORT}, status_hold=hold) as service,
-    ):
-        code, seconds = await told(service, hold)
-        assert code == "first_token_timeout"
-        assert SHORT <= seconds < SHORT + 1
-        await grok.calls[0].hung_up(within=1)
+    grok.play(chain([STREAM_HEAD], silence()))
+    code, seconds = await told(await services(first_token_timeout=SHORT, status_hold=hold), hold)
+    assert code == "first_token_timeout"
+    assert SHORT <= seconds < SHORT + 1
+    await grok.calls[0].hung_up(within=1)
 
 
 @silences
-async def test_idle_timeout(silence: Callable[[], Steps]) -> None:
+async def test_idle_timeout(grok: Upstream, services: Services, silence: Callable[[], Steps]) -> None:
     """No chunk for IDLE_TIMEOUT after the last one; what was said before has arrived."""
     loop = asyncio.get_running_loop()
-    script = chain([STREAM_HEAD, piece(FIRST)], silence())
-    async with (
-        Upstream(script) as grok,
-        serving(grok.url, **{**LONG, "idle_timeout": SHORT}, keep_alive=0.1) as service,
-        asyncio.timeout(5),
-        service.asking() as live,
-    ):
+    service = await services(idle_timeout=SHORT, keep_alive=0.1)
+    grok.play(chain([STREAM_HEAD, piece(FIRST)], silence()))
+    async with asyncio.timeout(5), service.asking() as live:
         assert (await live.event()).data == "a"
         began = loop.time()
         [event] = await live.rest()
@@ -172,18 +184,19 @@ ENDLESS: dict[str, Callable[[], Steps]] = {
 
 
 @pytest.mark.parametrize("script", ENDLESS.values(), ids=ENDLESS.keys())
-async def test_stream_timeout(script: Callable[[], Steps]) -> None:
+async def test_stream_timeout(grok: Upstream, services: Services, script: Callable[[], Steps]) -> None:
     """STREAM_TIMEOUT after the request it is over, however steadily the text comes."""
     loop = asyncio.get_running_loop()
-    async with Upstream(script()) as grok, serving(grok.url, **{**LONG, "stream_timeout": SHORT}) as service:
-        began = loop.time()
-        async with asyncio.timeout(5), service.asking() as live:
-            *text, event = await live.rest()
-        seconds = loop.time() - began
-        assert {token.data for token in text} == {"a"}
-        assert failure(event, live.response)["code"] == "stream_timeout"
-        assert SHORT <= seconds < SHORT + 1
-        await grok.calls[0].hung_up(within=1)
+    service = await services(stream_timeout=SHORT)
+    grok.play(script())
+    began = loop.time()
+    async with asyncio.timeout(5), service.asking() as live:
+        *text, event = await live.rest()
+    seconds = loop.time() - began
+    assert {token.data for token in text} == {"a"}
+    assert failure(event, live.response)["code"] == "stream_timeout"
+    assert SHORT <= seconds < SHORT + 1
+    await grok.calls[0].hung_up(within=1)
 
 
 # Where the stream clock can strike before the first chunk.
@@ -197,14 +210,15 @@ EARLY: dict[str, Callable[[], Steps]] = {
 
 @holds
 @pytest.mark.parametrize("script", EARLY.values(), ids=EARLY.keys())
-async def test_stream_timeout_before_the_first_chunk(script: Callable[[], Steps], hold: float) -> None:
+async def test_stream_timeout_before_the_first_chunk(
+    grok: Upstream, services: Services, script: Callable[[], Steps], hold: float
+) -> None:
     """It counts from the request, so it may strike first of all, whatever is waited for."""
-    changes = {**LONG, "stream_timeout": SHORT, "grok_retries": 1, "status_hold": hold}
-    async with Upstream(script()) as grok, serving(grok.url, **changes) as service:
-        code, seconds = await told(service, hold)
-        assert code == "stream_timeout"
-        assert SHORT <= seconds < SHORT + 1
-        await grok.until(lambda: grok.playing == 0, within=1)
+    grok.play(script())
+    code, seconds = await told(await services(stream_timeout=SHORT, grok_retries=1, status_hold=hold), hold)
+    assert code == "stream_timeout"
+    assert SHORT <= seconds < SHORT + 1
+    await grok.until(lambda: grok.playing == 0, within=1)
 
 
 async def test_stream_timeout_while_connecting() -> None:
