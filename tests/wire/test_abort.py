@@ -38,7 +38,7 @@ from tests.readers import answer
 from tests.upstream import CLOSE, HANG, RESET, Steps, Upstream, error, sse, stream
 
 STREAMS = 2000
-REFUSED = 200
+REFUSALS = 200
 TOGETHER = 100
 
 LIMITED = error(429, {"code": "resource-exhausted", "error": "Too many requests for team x and model grok-4.3."})
@@ -79,8 +79,8 @@ async def read_some(caller: Caller, size: int) -> None:
                 size -= len(data)
 
 
-async def storm(grok: Upstream, service: Service, streams: int) -> None:
-    """So many streams that are broken off, then Grok refuses some; the next chat is answered within a second."""
+async def storm(grok: Upstream, service: Service, streams: int, refusals: int) -> None:
+    """So many streams that are broken off, then so many that Grok refuses; the next is answered within a second."""
     last = {"Connection": "close"}  # one that is kept would keep what it was about
     chance = random.Random(streams)  # noqa: S311 -- the same storm each time
     grok.play(lambda _: chance.choice(ANSWERS))
@@ -92,8 +92,8 @@ async def storm(grok: Upstream, service: Service, streams: int) -> None:
     await grok.until(lambda: grok.playing == 0)  # everybody was hung up on
 
     grok.play(LIMITED)
-    refused = await asyncio.gather(*(service.ask(headers=last) for _ in range(REFUSED)))
-    assert ["upstream_rate_limited" in response.text for response in refused] == [True] * REFUSED
+    refused = await asyncio.gather(*(service.ask(headers=last) for _ in range(refusals)))
+    assert ["upstream_rate_limited" in response.text for response in refused] == [True] * refusals
     grok.play()
     async with asyncio.timeout(1):
         assert answer((await service.ask(headers=last)).content) == "Hello, world"
@@ -205,9 +205,9 @@ async def test_nothing_is_left() -> None:
         memory = []
         for _ in range(2):
             async with client(await run.told()) as service:
-                await storm(grok, service, TOGETHER)  # what is made only once is there now
+                await storm(grok, service, TOGETHER, 1)  # what is made only once is there now
                 before = await settled(grok, run)
-                await storm(grok, service, STREAMS)
+                await storm(grok, service, STREAMS, REFUSALS)
                 after = await settled(grok, run)
             memory += [before.pop("megabytes"), after.pop("megabytes")]
             assert after == before
@@ -274,7 +274,7 @@ async def test_nothing_but_log_lines() -> None:
     """The service as it is started has nothing to say of such a storm but its log lines, with all warnings on."""
     changes: dict[str, Any] = {"pythonasynciodebug": 1, "log_format": "json", **CHANGES}
     async with Upstream() as grok, spawned(grok.url, python=("-W", "error"), **changes) as service:
-        await storm(grok, service, 200)
+        await storm(grok, service, 200, 20)
         service.process.terminate()
         assert await service.exit_code() == 0
     lines = [json.loads(line) for line in service.stderr.splitlines()]

@@ -230,13 +230,14 @@ async def test_stream_timeout_while_connecting() -> None:
     assert SHORT <= seconds < SHORT + 1
 
 
-async def test_clock_of_each_try() -> None:
+async def test_clock_of_each_try(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first token's clock begins anew with each try: two of them together may take longer."""
-    slow_error = [0.5, *error(503, {"error": "at capacity"})]
-    slow_answer = [0.9, *stream("late")]
+    monkeypatch.setattr("random.uniform", lambda low, _: low)  # the shortest wait
+    slow_error = [0.4, *error(503, {"error": "at capacity"})]
+    slow_answer = [0.6, *stream("late")]
     async with (
         Upstream(slow_error, slow_answer) as grok,
-        serving(grok.url, **{**LONG, "first_token_timeout": 1.2, "grok_retries": 1}) as service,
+        serving(grok.url, **{**LONG, "first_token_timeout": 0.9, "grok_retries": 1}) as service,
     ):
         assert answer((await service.ask()).content) == "late"
         assert len(grok.calls) == 2

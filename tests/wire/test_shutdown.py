@@ -18,7 +18,7 @@ from tests.upstream import HANG, STREAM_HEAD, Call, Gate, Step, Steps, Upstream,
 
 pytestmark = pytest.mark.anyio
 
-DRAIN_TIMEOUT = 1.5
+DRAIN_TIMEOUT = 1.0
 
 # What stopping may take besides: a second for the last words, the end of the process, and a busy machine.
 REST = 3.0
@@ -176,8 +176,10 @@ async def test_nobody_holds_up_the_end() -> None:
     only_log_lines(service.stderr)
 
 
-@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT)],
+)
 async def test_second_signal(first: signal.Signals, second: signal.Signals) -> None:
     """A second signal ends the process at once, with exit code 1."""
     async with Upstream(endless()) as grok, spawned(grok.url, drain_timeout=60) as service, begun(service, "Hi"):
