@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from playwright.async_api import Browser, Page, Playwright, async_playwright
+from playwright.async_api import Browser, Page, Playwright, async_playwright, expect
 
 from tests.browser.wires import Site
 
@@ -48,6 +48,7 @@ async def page(browser: Browser) -> AsyncIterator[Page]:
     """A tab of its own session; an exception that nothing in it catches fails the test."""
     context = await browser.new_context()
     context.set_default_timeout(10_000)
+    expect.set_options(timeout=10_000)
     page = await context.new_page()
     uncaught: list[Exception] = []
     page.on("pageerror", lambda error: uncaught.append(error))  # noqa: PLW0108 -- playwright wants a function of ours

@@ -38,7 +38,8 @@ async def test_conversation(page: Page) -> None:
         serving(upstream.url) as service,
     ):
         await page.goto(service.url)
-        await page.keyboard.type("One")  # the field has the focus from the start
+        await expect(page.locator("textarea")).to_be_focused()  # from the start
+        await page.keyboard.type("One")
         await page.keyboard.press("Shift+Enter")
         await page.keyboard.type("two")
         await page.keyboard.press("Enter")
