@@ -209,13 +209,13 @@ async def test_nothing_is_left() -> None:
                 before = await settled(grok, run)
                 await storm(grok, service, STREAMS, REFUSALS)
                 after = await settled(grok, run)
-            memory += [before.pop("megabytes"), after.pop("megabytes")]
+            before.pop("megabytes")
+            memory.append(after.pop("megabytes"))
             assert after == before
             end = await run.stop()
             assert (set(end), end["tasks"]) == ({"tasks", "files", "megabytes"}, 1)
         assert await run.end() == ("", 0)
-    assert memory[1] - memory[0] < 20
-    assert memory[3] - memory[1] < 10
+    assert memory[1] - memory[0] < 10  # what the first storm took is enough for the second
 
 
 @asynccontextmanager
