@@ -138,9 +138,10 @@ def main() -> None:
     logging.getLogger("chatproxy").addHandler(logging.NullHandler())
     logging.getLogger("chatproxy").propagate = False  # what others log goes to stderr
     settings = config.load(os.environ)
-    for loop_factory in (asyncio.new_event_loop, uvloop.new_event_loop):
-        with asyncio.Runner(loop_factory=loop_factory) as runner:
-            runner.run(one_loop(settings))
+    with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+        runner.run(one_loop(settings))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(one_loop(settings))
 
 
 class Program:

@@ -27,10 +27,12 @@ async def test_reload(tmp_path: Path) -> None:
             before = (await service.client.get("/nowhere")).json()["error"]["message"]
             code = errors.read_text()
             assert code.count(before) == 1
-            errors.write_text(code.replace(before, "Changed."))
             async with asyncio.timeout(20):
                 message = before
-                while message == before:  # the reloader looks at the files now and then
+                while message == before:
+                    # Saved again and again: the reloader takes what it sees at its first look for unchanged.
+                    errors.write_text(code.replace(before, "Changed."))
+                    await asyncio.sleep(0.2)
                     with suppress(httpx.TransportError):  # a kept connection ends with the old process
                         message = (await service.client.get("/nowhere")).json()["error"]["message"]
             assert message == "Changed."

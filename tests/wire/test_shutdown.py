@@ -37,10 +37,12 @@ def endless(text: str = "a", pause: float = 0.05) -> Iterator[Step]:
 
 async def stopping(service: Service) -> None:
     """Wait, no longer than a second, until the service says that it is stopping."""
+    status = 200
     async with asyncio.timeout(1):
-        while (response := await service.client.get("/readyz")).status_code == 200:
-            pass
-    assert (response.status_code, response.json()["reason"]) == (503, "draining")
+        while status == 200:
+            response = await service.client.get("/readyz")
+            status = response.status_code
+    assert (status, response.json()["reason"]) == (503, "draining")
 
 
 @asynccontextmanager
