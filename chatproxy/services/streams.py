@@ -295,28 +295,30 @@ class Streams:
         """Read an answer to its end, keep it, and forget it in the end."""
         store, report = self._store, answer.report
         await store.open(answer.id)
-        try:
-            async with aclosing(events):
-                async for frames, _ in events:
+        async with aclosing(events):  # after the end is told: Grok may take its time to close
+            try:
+                async for frames, last in events:
                     await store.append(answer.id, frames)
                     answer.written += len(frames)
                     answer.decided.set()
-        except ChatError as error:  # before Grok's first chunk
-            await self._fail(answer, error)
-        except Exception:
-            log.exception("an answer ended by a mistake of ours")
-            await self._fail(answer, InternalError())
-        finally:
-            answer.upstream = None
-            answer.decided.set()
-            if answer.farewell:
-                answer.farewell.cancel()
-            keep = 0 if answer.refused else self._replay_ttl
-            await store.close(answer.id, keep)
-            asyncio.get_running_loop().call_later(keep, self._forget, answer.id)
-            report.count(self._metrics)
-            if not answer.refused:  # else its request's own line tells it
-                log.info("stream ended", extra={"request_id": report.request_id, **report.fields()})
+                    if last:
+                        break
+            except ChatError as error:  # before Grok's first chunk
+                await self._fail(answer, error)
+            except Exception:
+                log.exception("an answer ended by a mistake of ours")
+                await self._fail(answer, InternalError())
+            finally:
+                answer.upstream = None
+                answer.decided.set()
+                if answer.farewell:
+                    answer.farewell.cancel()
+                keep = 0 if answer.refused else self._replay_ttl
+                await store.close(answer.id, keep)
+                asyncio.get_running_loop().call_later(keep, self._forget, answer.id)
+                report.count(self._metrics)
+                if not answer.refused:  # else its request's own line tells it
+                    log.info("stream ended", extra={"request_id": report.request_id, **report.fields()})
 
     async def _fail(self, answer: Answer, error: ChatError) -> None:
         answer.report.fail(error)

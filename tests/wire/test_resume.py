@@ -15,7 +15,7 @@ from _pytest.mark import ParameterSet
 
 from tests.conftest import HI, Live, Local, Service, failure, from_recordings, refusal, serving
 from tests.readers import DONE, Event, Standard, answer, joined, standard
-from tests.upstream import CLOSE, Gate, Step, Upstream, error, sse, stream
+from tests.upstream import CLOSE, HANG, Gate, Step, Upstream, error, frames, sse, stream
 from tests.wire.test_recordings import as_recorded, load, recordings
 
 pytestmark = pytest.mark.anyio
@@ -406,6 +406,17 @@ async def test_nothing_left(grok: Upstream, service: Local) -> None:
     response = await rest(service, url, events[-1].id)
     assert (response.status_code, response.content) == (204, b"")
     assert "Content-Type" not in response.headers
+
+
+async def test_end_is_told_at_once(grok: Upstream, service: Local) -> None:
+    """Who reads does not wait for a Grok that has said `[DONE]` to close, nor does who asks what is left."""
+    grok.play(sse(*frames("a"), HANG))
+    url = await address(service)
+    events = standard((await rest(service, url)).content)
+    assert events[-1].data == DONE
+    assert (await rest(service, url, events[-1].id)).status_code == 204
+    assert await repost(service, events[-1].id) == events[-1:]
+    assert grok.playing == 1
 
 
 async def test_only_resumable_streams_are_kept(grok: Upstream, service: Local) -> None:
