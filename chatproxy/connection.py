@@ -5,6 +5,7 @@ Knows HTTP/1.1 as uvicorn and llhttp do. Does not know routes, events or Grok.
 
 import asyncio
 import secrets
+from collections.abc import Callable
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -32,6 +33,7 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
+        cycle.transport = cast(asyncio.Transport, HeadJoiner(self.transport))
         super()._start_asgi_task(cycle, app)
 
     def eof_received(self) -> None:
@@ -46,7 +48,7 @@ class Connection(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # uvicorn forgets it, and with it keeps all of a connection that was reset
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in uvicorn
-        super().connection_made(cast(asyncio.Transport, HeadJoiner(transport)))
+        super().connection_made(transport)
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
@@ -94,7 +96,7 @@ class Connection(HttpToolsProtocol):
 
 
 class HeadJoiner:
-    """A transport that sends an answer's head together with what is written right after it, in one system call.
+    """The transport of one answer: its head goes out with what is written right after it, in one system call.
 
     uvicorn writes them one by one, and for a short answer each call costs as much as all of its Python.
     """
@@ -102,24 +104,25 @@ class HeadJoiner:
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         self._head = b""
+        self.write: Callable[[bytes], None] = self._hold
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
-
-    def write(self, data: bytes) -> None:
-        if self._head:
-            data = self._head + data
-            self._head = b""
-        elif data.startswith(b"HTTP/1.1 "):
-            self._head = data
-            asyncio.get_running_loop().call_soon(self._flush)
-            return
-        self._transport.write(data)
 
     def close(self) -> None:
         self._flush()
         self._transport.close()
 
+    def _hold(self, head: bytes) -> None:
+        self._head = head
+        self.write = self._join
+        asyncio.get_running_loop().call_soon(self._flush)
+
+    def _join(self, data: bytes) -> None:
+        self.write = self._transport.write
+        self._transport.write(self._head + data)
+        self._head = b""
+
     def _flush(self) -> None:
         if self._head and not self._transport.is_closing():
-            self.write(b"")
+            self._join(b"")
