@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
+from starlette.middleware.exceptions import ExceptionMiddleware
 
 from chatproxy.config import Settings
 from chatproxy.limits import Limits
@@ -44,13 +44,10 @@ def create_app(settings: Settings) -> Starlette:
                 "draining": asyncio.Event(),
             }
 
-    app = Starlette(
-        routes=routes(settings.try_page),
-        middleware=[Middleware(Door, settings, metrics)],
-        exception_handlers={HTTPException: refuse},
-        lifespan=lifespan,
-    )
+    app = Starlette(routes=routes(settings.try_page), lifespan=lifespan)
     app.router.redirect_slashes = False  # it would redirect to whatever host the Host header names
+    # Not by `middleware`: around that Starlette has a layer for errors, which the door lets none of through.
+    app.middleware_stack = Door(ExceptionMiddleware(app.router, {HTTPException: refuse}), settings, metrics)
     return app
 
 

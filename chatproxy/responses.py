@@ -108,7 +108,7 @@ class EventSourceResponse(StreamingResponse):
     the stream. The generator is closed, whatever happens.
 
     It is written by the middleware, after Starlette has returned: a stream is open for long, and
-    Starlette's layers would cost a fifth of its memory, and wrap each of its writes three times.
+    Starlette's layers would cost a fifth of its memory, and wrap each of its writes twice.
     """
 
     def __init__(
