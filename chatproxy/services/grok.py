@@ -213,7 +213,7 @@ class Completion(Interruptible):
         self._chat: Chat | None = chat
         self._traceparent = traceparent
         self._loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
         self._waiting_since: float | None = None
         self._finished = False
         self._stream: httpx.AsyncByteStream | None = None
@@ -283,12 +283,13 @@ class Completion(Interruptible):
         self._patience, self._too_late = seconds, too_late
         if self._waiting_since is not None:
             self._waiting_since = self._loop.time()
-        self._tick()
+        if self._timer is not None:
+            self._timer.cancel()
+        # By the loop: an interrupt of our own would not end the wait that we are about to begin.
+        self._timer = self._loop.call_soon(self._tick)
 
     def _tick(self) -> None:
         """All clocks but the connection's in one timer, which looks at the time only when it fires."""
-        if self._timer is not None:
-            self._timer.cancel()
         now = self._loop.time()
         # While a slow reader keeps us from reading, only the stream's clock goes on.
         too_late_at = (now if self._waiting_since is None else self._waiting_since) + self._patience

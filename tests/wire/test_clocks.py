@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from itertools import chain, repeat
@@ -228,6 +229,19 @@ async def test_stream_timeout_while_connecting() -> None:
             code, seconds = await told(service, 60)
     assert code == "stream_timeout"
     assert SHORT <= seconds < SHORT + 1
+
+
+async def test_stream_timeout_while_the_loop_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that runs out unseen, just before another try, ends that try all the same."""
+
+    def busy(*_: float) -> float:
+        time.sleep(2 * SHORT)  # on purpose: nothing else runs meanwhile
+        return 0
+
+    monkeypatch.setattr("random.uniform", busy)
+    changes = {**LONG, "stream_timeout": SHORT, "grok_retries": 1}
+    async with Upstream(error(503, {"error": "at capacity"}), [HANG]) as grok, serving(grok.url, **changes) as service:
+        assert refusal(await service.ask())["code"] == "stream_timeout"
 
 
 async def test_clock_of_each_try(monkeypatch: pytest.MonkeyPatch) -> None:
