@@ -505,7 +505,8 @@ def _classify(status: int, text: str) -> ChatError:
 
 def _transport(settings: Settings, url: httpx.URL) -> httpx.AsyncBaseTransport:
     places = settings.max_streams + 1  # and one for the key check
-    proxy = None if proxy_bypass(url.host) else getproxies().get(url.scheme)
+    # The built-in demo is on this machine.
+    proxy = None if settings.grok_api_key is None or proxy_bypass(url.host) else getproxies().get(url.scheme)
     if settings.grok_transport == "httpx" or (settings.grok_transport == "auto" and proxy):
         # httpx's own limits are 100 connections, and 5 s for idle ones.
         limits = httpx.Limits(max_connections=places, keepalive_expiry=KEEP_CONNECTION)

@@ -56,3 +56,9 @@ async def test_http_proxy() -> None:
         async with spawned(proxy.url, http_proxy="http://127.0.0.1:1", no_proxy="127.0.0.1") as service:
             assert answer((await service.ask()).content)
         assert proxy.calls[1].path == "/v1/chat/completions"
+
+
+async def test_no_proxy_for_the_demo() -> None:
+    """The demo needs no way out, so it works where an HTTP proxy is configured, too."""
+    async with spawned(NOBODY, grok_api_key=None, http_proxy="http://127.0.0.1:1") as service:
+        assert answer((await service.ask()).content)
