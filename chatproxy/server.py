@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import math
 import os
 import signal
 import socket
@@ -43,8 +44,9 @@ def listen(settings: Settings) -> socket.socket:
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         # An ASGI application cannot abort its socket, but Linux does: when what was sent is not
         # acknowledged, or the reader's window stays shut, for so long. The reader's connection is
-        # then lost like any other.
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(settings.write_timeout * 1000))
+        # then lost like any other. (Milliseconds in a C int; 0 would be no limit of ours.)
+        milliseconds = min(math.ceil(settings.write_timeout * 1000), 2**31 - 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
     return sock
 
 

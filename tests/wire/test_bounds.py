@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -11,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import HI, Service, Spawned, failure, refusal, serving, spawned
+from chatproxy.config import load
+from chatproxy.server import listen
+from tests.conftest import HI, Service, Spawned, environment, failure, refusal, serving, spawned
 from tests.readers import answer
 from tests.upstream import (
     CLOSE,
@@ -265,6 +268,14 @@ def connections(service: Service) -> int:
     """The established connections of callers, as the kernel has them on our side."""
     ours = re.compile(rf"^ *\d+: 0100007F:{service.port:04X} \S+ 01 ", re.MULTILINE)
     return len(ours.findall(Path("/proc/net/tcp").read_text()))
+
+
+@LINUX
+@pytest.mark.parametrize(("seconds", "told"), [(0.0001, 1), (2.5, 2500), (31_536_000, 2**31 - 1)])
+def test_write_timeout_of_the_kernel(seconds: float, told: int) -> None:
+    """Whatever WRITE_TIMEOUT may be, the kernel is told as much as it takes, and never to wait without end."""
+    with listen(load(environment("http://localhost/v1", write_timeout=seconds))) as sock:
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == told
 
 
 @LINUX
