@@ -314,11 +314,11 @@ class Completion(Interruptible):
                 return
             except _Retryable as failure:
                 await self._close()
-                # Exponential with jitter, the first wait at most half a second.
+                # Exponential with jitter: at most half a second first, and four in the end.
                 jitter = random.uniform(0.1, 0.5)  # noqa: S311 -- spreads load, keeps no secret
-                wait = jitter * 2**attempt if failure.after is None else failure.after + 0.05
+                wait = jitter * 2 ** min(attempt, 3) if failure.after is None else failure.after + 0.05
                 late = self._loop.time() + wait > self._asked_at + settings.first_token_timeout
-                if attempt == settings.grok_retries or wait > MAX_RETRY_WAIT or late:
+                if attempt == settings.grok_retries or (failure.after or 0) > MAX_RETRY_WAIT or late:
                     raise failure.error from None
             finally:
                 self._waiting_since = None

@@ -151,6 +151,15 @@ async def test_waits_grow() -> None:
     assert waits == [pytest.approx(seconds, abs=0.15) for seconds in (0.15, 0.25, 0.45)]
 
 
+async def test_waits_do_not_grow_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the fourth on they are alike, so that none of many tries is too far away to be made."""
+    monkeypatch.setattr("random.uniform", lambda *_: 0.01)
+    async with Upstream(OVERLOADED) as grok, serving(grok.url, grok_retries=10) as service:
+        await service.ask()
+        assert len(grok.calls) == 11
+    assert grok.calls[-1].arrived_at - grok.calls[-2].arrived_at < 1
+
+
 @pytest.mark.usefixtures("quick")
 async def test_refused_connections() -> None:
     """A connection that is refused is tried again; each failure counts in the metrics."""
@@ -188,8 +197,9 @@ async def test_jitter() -> None:
 
 
 @pytest.mark.parametrize("status", [429, 503])
-async def test_retry_after(status: int) -> None:
-    """A short Retry-After is honoured: not sooner, and not much later."""
+async def test_retry_after(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Retry-After is honoured up to the longest that is ours to wait for: not sooner, and not much later."""
+    monkeypatch.setattr("chatproxy.services.grok.MAX_RETRY_WAIT", 1)
     async with Upstream(after(1, status), stream("ok")) as grok, serving(grok.url) as service:
         assert answer((await service.ask()).content) == "ok"
         first, second = grok.calls
