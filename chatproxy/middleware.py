@@ -90,8 +90,9 @@ class Door:
                 await Response(status_code=204, headers=_PREFLIGHT)(scope, receive, send_with_headers)
             else:
                 await self.app(scope, receive, send_with_headers)
-            if exchange.stream is not None:
-                await exchange.stream.write(exchange, receive, send_with_headers, send)
+            stream, exchange.stream = exchange.stream, None  # it holds on to `exchange` from here on
+            if stream is not None:
+                await stream.write(exchange, receive, send_with_headers, send)
         except ChatError as error:
             exchange.fail(error)
             await ErrorResponse(error, request_id)(scope, receive, send_with_headers)

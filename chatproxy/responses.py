@@ -92,6 +92,7 @@ class Watch(Interruptible):
 
     def __exit__(self, *exc: object) -> None:
         self._watcher.cancel()
+        del self._watcher  # whose traceback holds us
         super().__exit__(*exc)  # type: ignore[arg-type] # the same three
 
     async def _watch(self) -> None:

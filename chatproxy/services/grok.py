@@ -218,7 +218,7 @@ class Completion(Interruptible):
         self._finished = False
         self._stream: httpx.AsyncByteStream | None = None
         self._first: list[Chunk] = []
-        self._end: Exception | None = None  # what comes after the chunks that were given
+        self._end: ChatError | type[StopAsyncIteration] | None = None  # what comes after the chunks that were given
 
     async def __aenter__(self) -> Self:
         """Ask, with retries, and wait for the first chunk. Raises ChatError."""
@@ -367,7 +367,7 @@ class Completion(Interruptible):
             for data in self._decoder.feed(piece):
                 if data == b"[DONE]":
                     self.done = self._finished = True
-                    self._end = StopAsyncIteration()
+                    self._end = StopAsyncIteration  # the type: an instance would be in a cycle with us once raised
                     break
                 chunk = decode_chunk(data)
                 choices = chunk.choices

@@ -171,7 +171,7 @@ class Answer:
     """One resumable answer, from its request until it is forgotten."""
 
     def __init__(self, upstream: Upstream, report: Report, key: tuple[str, str] | None, digest: bytes) -> None:
-        self.id = secrets.token_urlsafe(16)  # 128 bits: it is the ticket of whoever reads the answer
+        id = self.id = secrets.token_urlsafe(16)  # 128 bits: it is the ticket of whoever reads the answer
         self.upstream: Upstream | None = upstream  # until it has ended
         self.report = report
         self.key = key
@@ -184,7 +184,7 @@ class Answer:
         self.read = 0  # the highest number given to any reader
         self.farewell: asyncio.TimerHandle | None = None
         numbers = count(1)
-        self.frame: Frame = lambda data, type: sse.encode(data, type, f"{self.id}-{next(numbers)}")
+        self.frame: Frame = lambda data, type: sse.encode(data, type, f"{id}-{next(numbers)}")
 
 
 class Streams:

@@ -33,7 +33,7 @@ from chatproxy.services.grok import Completion
 from chatproxy.services.relay import Report
 from chatproxy.services.streams import Answer
 from chatproxy.sse import Decoder
-from tests.conftest import HI, PATIENCE, ROOT, Caller, Service, environment, spawned
+from tests.conftest import HI, PATIENCE, ROOT, Caller, Service, environment, serving, spawned
 from tests.readers import answer
 from tests.upstream import CLOSE, HANG, RESET, Steps, Upstream, error, sse, stream
 
@@ -105,13 +105,16 @@ KINDS = (Answer, Chat, Completion, Connection, Decoder, EventSourceResponse, Exc
 Remains = dict[str, int]
 
 
+def objects() -> Counter[str]:
+    return Counter(type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, KINDS))
+
+
 def remains() -> Remains:
     """What there is: objects of these kinds, tasks, open files, and megabytes of memory."""
     gc.collect()
-    count = Counter(type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, KINDS))
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return {
-        **count,
+        **objects(),
         "tasks": len(asyncio.all_tasks()),
         "files": len([*Path("/proc/self/fd").iterdir()]),
         "megabytes": pages * os.sysconf("SC_PAGE_SIZE") // 1_000_000,
@@ -235,6 +238,26 @@ async def settled(grok: Upstream, run: Program) -> Remains:
             await asyncio.sleep(0.05)  # what could be resumed is forgotten in its time
     remains["files"] -= grok.open
     return remains
+
+
+@pytest.mark.own_transport
+@pytest.mark.anyio
+@pytest.mark.parametrize("resumable", [False, True], ids=["plain", "resumable"])
+async def test_no_garbage(resumable: bool) -> None:
+    """A complete answer is freed when it ends, or is forgotten; it does not wait for the garbage collector."""
+    async with Upstream(stream("a")) as grok, serving(grok.url, replay_ttl=0.1) as service:
+        gc.collect()
+        gc.disable()
+        try:
+            before = objects()
+            async with service.caller() as caller:
+                await caller.post({"messages": HI, "resumable": resumable}, Connection="close")
+                assert b"data: [DONE]\n" in await caller.rest()
+            async with asyncio.timeout(5):
+                while objects() - before:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)  # what is freed tells nobody
+        finally:
+            gc.enable()
 
 
 @pytest.mark.anyio
