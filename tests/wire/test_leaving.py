@@ -4,7 +4,7 @@ import asyncio
 import logging
 import re
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
@@ -67,18 +67,6 @@ def ends() -> Iterator[Ends]:
     yield handler
     log.setLevel(level)
     log.removeHandler(handler)
-
-
-@pytest.fixture(scope="module")
-async def grok() -> AsyncIterator[Upstream]:
-    async with Upstream() as grok:
-        yield grok
-
-
-@pytest.fixture(scope="module")
-async def service(grok: Upstream) -> AsyncIterator[Local]:
-    async with serving(grok.url) as service:
-        yield service
 
 
 async def started(grok: Upstream, caller: Caller, script: Script) -> Call:
