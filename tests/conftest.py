@@ -35,6 +35,7 @@ import asyncio
 import json
 import os
 import random
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping
@@ -316,8 +317,8 @@ async def spawned(
 ) -> AsyncIterator[Spawned]:
     """`python -m chatproxy` with a clean environment, once it answers; killed at the end if it still runs.
 
-    `python` are options of the interpreter. Names in `changes` that are no settings become variables all the same
-    (`pythonasynciodebug=1`).
+    It leads a process group of its own, as in a terminal; all of it is killed. `python` are options of the interpreter.
+    Names in `changes` that are no settings become variables all the same (`pythonasynciodebug=1`).
     """
     port = free_port()
     variables = environment(upstream_url, **{"port": port, "pythonpath": ROOT, "path": os.defpath, **changes})
@@ -333,6 +334,7 @@ async def spawned(
         cwd=cwd or ROOT / "tests",  # where no .env is
         stdin=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
     )
     async with _client(port) as client:
         service = Spawned(port, client, process)
@@ -342,7 +344,7 @@ async def spawned(
             yield service
         finally:
             with suppress(ProcessLookupError):
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
             await service.exit_code()
 
 

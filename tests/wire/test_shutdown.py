@@ -4,15 +4,14 @@ import asyncio
 import os
 import re
 import signal
-import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import chain, repeat
 
 import httpx
 import pytest
 
-from tests.conftest import HI, PATIENCE, ROOT, Live, Service, Spawned, environment, failure, free_port, refusal, spawned
+from tests.conftest import HI, Live, Service, failure, refusal, spawned
 from tests.readers import DONE, Event
 from tests.upstream import HANG, STREAM_HEAD, Call, Gate, Step, Steps, Upstream, chunk, error, frame, piece, stream
 
@@ -195,38 +194,12 @@ async def test_second_signal(first: signal.Signals, second: signal.Signals) -> N
 # Under the reloader, which is `make run`: two processes, and Ctrl-C reaches both.
 
 
-@asynccontextmanager
-async def reloading(upstream_url: str, **changes: object) -> AsyncIterator[Spawned]:
-    """`python -m chatproxy --reload` in a process group of its own, as a terminal starts it."""
-    port = free_port()
-    variables = environment(upstream_url, port=port, pythonpath=ROOT, path=os.defpath, **changes)
-    variables |= {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")}
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "chatproxy", "--reload"),
-        env=variables,
-        cwd=ROOT / "tests",
-        stdin=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-        start_new_session=True,
-    )
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE, trust_env=False) as client:
-        service = Spawned(port, client, process)
-        service.reading = asyncio.create_task(service.read_stderr())
-        try:
-            await service.ready()
-            yield service
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await service.exit_code()
-
-
 @pytest.mark.parametrize("running", [False, True], ids=["idle", "with a stream"])
 async def test_ctrl_c_under_the_reloader(running: bool) -> None:
     """Ctrl-C stops both processes as a signal stops one: the stream is told, the exit code is 0, nothing is printed."""
     async with (
         Upstream(endless()) as grok,
-        reloading(grok.url, drain_timeout=0.5) as service,
+        spawned(grok.url, "--reload", drain_timeout=0.5) as service,
         AsyncExitStack() as stack,
     ):
         streams = [await stack.enter_async_context(begun(service, "Hi"))] if running else []
@@ -242,7 +215,7 @@ async def test_ctrl_c_under_the_reloader(running: bool) -> None:
 
 async def test_second_ctrl_c_under_the_reloader() -> None:
     """Another Ctrl-C does not wait for the streams."""
-    async with Upstream(endless()) as grok, reloading(grok.url, drain_timeout=60) as service:
+    async with Upstream(endless()) as grok, spawned(grok.url, "--reload", drain_timeout=60) as service:
         async with begun(service, "Hi"):
             os.killpg(service.pid, signal.SIGINT)
             await stopping(service)
@@ -256,7 +229,7 @@ async def test_second_ctrl_c_under_the_reloader() -> None:
 
 async def test_signal_to_the_reloader() -> None:
     """A signal to the reloader alone, as from a supervisor, stops both."""
-    async with Upstream(endless()) as grok, reloading(grok.url, drain_timeout=0.5) as service:
+    async with Upstream(endless()) as grok, spawned(grok.url, "--reload", drain_timeout=0.5) as service:
         async with begun(service, "Hi") as live:
             service.process.terminate()
             *_, last = await live.rest()
