@@ -37,7 +37,8 @@ SAMPLED = 64
 class Exchange:
     """One request and its answer, for those who do not see both ends of it.
 
-    `report` is there once an answer of Grok is asked for, `stream` once it is to be written.
+    `report` is there once an answer of Grok is asked for, `stream` until its writing begins, `code` once there is an
+    error. `status` is 0 until the status line is sent; `started` is on the monotonic clock.
     """
 
     __slots__ = ("code", "left", "owns_report", "report", "request_id", "started", "status", "stream")

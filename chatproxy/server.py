@@ -1,6 +1,6 @@
 """The process side: the listening socket, uvicorn, and an end without broken promises.
 
-Does not know the environment, nor what is served.
+Does not know the environment, routes or events; of what is served only that it runs, and how to end it.
 """
 
 import asyncio

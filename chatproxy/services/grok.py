@@ -107,7 +107,7 @@ class Grok:
         return Completion(self, chat, client, traceparent)
 
     async def send(self, chat: Chat, traceparent: str | None) -> httpx.Response:
-        """Ask once. The answer's body is still to be read."""
+        """Ask once. The answer's body is still to be read. Raises httpx.TransportError."""
         settings = self.settings
         messages = chat.messages
         if settings.system_prompt:

@@ -1,6 +1,6 @@
 """Policy: which events a caller gets for Grok's chunks, in which order, and how every stream ends.
 
-Does not know where chunks come from, where events go, or what time it is.
+Does not know where chunks come from or where events go, and looks at the clock for the report only.
 """
 
 import time

@@ -366,7 +366,10 @@ class Body(httpx.AsyncByteStream):
 
 
 async def reach(host: str, port: int) -> socket.socket:
-    """A connection to whichever of the host's addresses answers first: a silent one does not hold up the others."""
+    """A connection to whichever of the host's addresses answers first: a silent one does not hold up the others.
+
+    Raises OSError: the last attempt's, or that of the look-up.
+    """
     loop = asyncio.get_running_loop()
     addresses = deque(await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))
     attempts: set[asyncio.Task[socket.socket]] = set()
