@@ -73,18 +73,15 @@ class Transport(httpx.AsyncBaseTransport):
 
     async def _exchange(self, request: httpx.Request, timeouts: Timeouts) -> "Connection":
         origin = (request.url.scheme, request.url.raw_host, request.url.port)
-        connection = self._kept(origin)
-        if connection is not None:
-            try:
-                await connection.exchange(request, timeouts)
-                return connection
-            except (httpx.ReadError, httpx.RemoteProtocolError):
-                # A kept connection may be closed just as we use it. That is no answer, so ask again; but once only,
-                # and not if anything was said, or if the body is an iterator that has been used up.
-                if connection.unread or not isinstance(request.stream, httpx.ByteStream):
-                    raise
-        connection = await self._connect(origin, timeouts.get("connect"))
-        await connection.exchange(request, timeouts)
+        connection = self._kept(origin) or await self._connect(origin, timeouts.get("connect"))
+        try:
+            await connection.exchange(request, timeouts)
+        except (httpx.ReadError, httpx.RemoteProtocolError):
+            # Was it stale, so may be the other idle ones: the next request meets none of them. This one is not made
+            # again here: a server that hangs up without a word may have worked for it, so who pays counts the tries.
+            for other in [idle for idle in self.idle if idle.origin == origin]:
+                other.close(httpx.CloseError("another one broke"))
+            raise
         return connection
 
     def _kept(self, origin: Origin) -> "Connection | None":

@@ -20,6 +20,7 @@ from tests.upstream import (
     Call,
     Gate,
     Script,
+    Signal,
     Step,
     Steps,
     Upstream,
@@ -140,6 +141,20 @@ async def test_how_often(retries: int | None) -> None:
     assert len(arrived) == 1 + (2 if retries is None else retries)
     for number, (earlier, later) in enumerate(pairwise(arrived)):
         assert 0.1 * 2**number <= later - earlier < 0.5 * 2**number + 0.5
+
+
+@pytest.mark.parametrize("signal", [CLOSE, RESET])
+async def test_kept_connection_breaks(signal: Signal) -> None:
+    """A try is a try, on a kept connection as well: a Grok that breaks off may have worked for it."""
+    async with (
+        Upstream(stream("a"), stream("b"), [signal], [signal], stream("c")) as grok,
+        serving(grok.url, grok_retries=1) as service,
+    ):
+        await asyncio.gather(service.ask(), service.ask())
+        response = await service.ask()
+        assert refusal(response)["code"] == "upstream_error"
+        assert len(grok.calls) == 4
+        assert (await service.ask()).text == "data: c\n\ndata: [DONE]\n\n"
 
 
 @pytest.mark.usefixtures("quick")
