@@ -335,7 +335,7 @@ class Completion(Interruptible):
             response = await grok.send(self._chat, self._traceparent)
             self._stream = cast(httpx.AsyncByteStream, response.stream)
             self._pieces = aiter(self._stream)
-            content_type = response.headers.get("content-type", "")
+            content_type = response.headers.get("content-type", "").lower()
             if response.status_code != 200 or not content_type.startswith("text/event-stream"):
                 await self._refuse(response)
             self._first = await self._read()

@@ -24,6 +24,7 @@ from tests.upstream import (
     chunk,
     frame,
     frames,
+    head,
     raw,
     sse,
     stream,
@@ -195,6 +196,15 @@ def without(*keys: str) -> bytes:
         pytest.param(sse(b"event: message\nid: 7\nretry: 1\n" + TEXT, STOP, DONE_FRAME), id="other fields"),
         pytest.param(sse(b"\xef\xbb\xbf" + TEXT, STOP, DONE_FRAME), id="byte order mark"),
         pytest.param(raw(TEXT, STOP, DONE_FRAME), id="no length and no chunks"),
+        pytest.param(
+            [
+                head(200, {"Content-Type": "Text/Event-Stream; Charset=UTF-8", "Connection": "close"}),
+                TEXT,
+                DONE_FRAME,
+                CLOSE,
+            ],
+            id="a media type in other letters",
+        ),
         pytest.param(stream("Hel", "lo", reasoning=["hm", "so"]), id="reasoning not asked for"),
         pytest.param(
             sse(TEXT, frame(chunk({"refusal": None, "tool_calls": []}, logprobs=None)), DONE_FRAME), id="nulls"
