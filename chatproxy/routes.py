@@ -100,8 +100,6 @@ async def chat(request: Request[AppState]) -> Response:
 
 async def stream(request: Request[AppState]) -> Response:
     """GET /api/chat/{id}/stream: an answer from its start, or what lies after the last event id."""
-    if request.method == "HEAD":
-        raise MethodNotAllowed(headers={"Allow": "GET"})
     state = request.state
     answer = state["streams"].find(request.path_params["id"])
     last_event_id = request.headers.get("last-event-id") or request.query_params.get("lastEventId")
@@ -184,9 +182,11 @@ async def refuse(_: Request, error: Exception) -> Response:
 
 def routes(try_page: bool) -> list[Route]:
     """All routes of the service."""
+    reading = Route("/api/chat/{id}/stream", stream)
+    reading.methods = {"GET"}  # Starlette adds HEAD
     return [
         Route("/api/chat", chat, methods=["POST"]),
-        Route("/api/chat/{id}/stream", stream, methods=["GET"]),
+        reading,
         Route("/api/chat/{id}/stop", stop, methods=["POST"]),
         Route("/api/chat/{id}", stop, methods=["DELETE"]),
         Route("/healthz", healthz),

@@ -370,10 +370,11 @@ async def test_polyfills(grok: Upstream, service: Local) -> None:
     assert len(standard((await rest(service, url, "")).content)) == 4
 
 
-async def test_head(grok: Upstream, service: Local) -> None:
-    """A stream has no head without a body."""
+@pytest.mark.parametrize("method", ["HEAD", "POST"])
+async def test_other_methods(grok: Upstream, service: Local, method: str) -> None:
+    """A stream has no head without a body, and nothing else says that it had."""
     grok.play()
-    response = await service.client.head(await address(service))
+    response = await service.client.request(method, await address(service))
     assert (response.status_code, response.headers["Allow"]) == (405, "GET")
 
 
