@@ -47,17 +47,18 @@ class Decoder:
             piece = piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
         lines = piece.split(b"\n")
+        self._rest_size += len(lines[0])
+        if self._rest_size > MAX_EVENT_BYTES:
+            raise TooLong
         rest = lines.pop()
-        if lines and self._rest:
-            self._rest.append(lines[0])
-            lines[0] = b"".join(self._rest)
-            self._rest.clear()
-            self._rest_size = 0
+        if lines:
+            if self._rest:
+                self._rest.append(lines[0])
+                lines[0] = b"".join(self._rest)
+                self._rest.clear()
+            self._rest_size = len(rest)
         if rest:
             self._rest.append(rest)
-            self._rest_size += len(rest)
-            if self._rest_size > MAX_EVENT_BYTES:
-                raise TooLong
         if lines and not self._started:
             self._started = True
             lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")  # 9.2.5: one byte order mark is no content

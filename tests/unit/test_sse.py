@@ -88,6 +88,8 @@ def test_any_cut_reads_like_the_standard(stream: bytes, cuts: list[int]) -> None
         pytest.param(lambda: [b"data: " + b"x" * LIMIT], id="a line without an end"),
         pytest.param(lambda: [b"data: " + b"x" * LIMIT + b"\n\n"], id="a line"),
         pytest.param(lambda: [b"x" * 1000] * (LIMIT // 1000 + 1), id="a line in pieces"),
+        pytest.param(lambda: [b":" + b"x" * LIMIT + b"\n"], id="a comment"),
+        pytest.param(lambda: [b":" + b"x" * (LIMIT - 1), b"x\n"], id="a comment that grows too long as it ends"),
         pytest.param(lambda: [b"data: " + b"x" * 994 + b"\n"] * (LIMIT // 994 + 1), id="many data lines"),
         pytest.param(lambda: [b"data\n" * 1000] * (LIMIT // 1000 * 5), id="many empty data lines"),
     ],
