@@ -34,6 +34,9 @@ class Connection(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
         cycle.transport = cast(asyncio.Transport, HeadJoiner(self.transport))
+        if cycle.scope["http_version"] == "1.0":
+            # RFC 9112, 6.1: such a caller reads no transfer chunks, which uvicorn sends where there is no length.
+            cycle.chunked_encoding, cycle.expected_content_length = False, UntilClosed()
         super()._start_asgi_task(cycle, app)
 
     def eof_received(self) -> None:
@@ -93,6 +96,19 @@ class Connection(HttpToolsProtocol):
 
     def _await_head(self) -> None:
         self._clock = self.loop.call_later(HEAD_TIMEOUT, self.transport.close)
+
+
+class UntilClosed(int):
+    """The length of a body that ends with its connection, as uvicorn counts it down: never too short, nor too long."""
+
+    def __lt__(self, _: int) -> bool:
+        return False
+
+    def __sub__(self, _: int) -> "UntilClosed":
+        return self
+
+    def __ne__(self, _: object) -> bool:
+        return False
 
 
 class HeadJoiner:

@@ -254,6 +254,29 @@ async def test_request_id(grok: Upstream, service: Local) -> None:
     assert refusal(missing)["request_id"] == "mine"
 
 
+@pytest.mark.parametrize(
+    ("request_line", "status", "body"),
+    [
+        ("POST /api/chat", 200, b"data: Hel\n\ndata: lo\n\ndata: [DONE]\n\n"),
+        ("GET /healthz", 200, b'{"status":"ok"}'),
+        ("HEAD /healthz", 200, b""),
+        ("DELETE /api/chat/x", 204, b""),
+    ],
+)
+async def test_http_1_0(grok: Upstream, service: Local, request_line: str, status: int, body: bytes) -> None:
+    """A caller who speaks HTTP/1.0, as nginx does if not told otherwise, gets the answer as it is, up to the end."""
+    grok.play(stream("Hel", "lo"))
+    content = json.dumps({"messages": HI})
+    async with service.caller() as caller:
+        await caller.send(
+            f"{request_line} HTTP/1.0\r\nHost: localhost\r\nConnection: keep-alive\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n{content}".encode()
+        )
+        answered, headers = await caller.head()
+        assert (answered, headers["connection"], "transfer-encoding" in headers) == (status, "close", False)
+        assert await caller.rest() == body
+
+
 async def test_one_connection(grok: Upstream, service: Local) -> None:
     """Grok's answers are read to their end, so that one connection serves one chat after the other."""
     grok.play()
