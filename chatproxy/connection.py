@@ -74,6 +74,7 @@ class Connection(HttpToolsProtocol):
             target = urlsplit(self.url)
             self.headers[:] = [(b"host", target.netloc), *(field for field in self.headers if field[0] != b"host")]
         super().on_headers_complete()
+        self.headers = []  # for trailers, which uvicorn would add to the headers (RFC 9110, 6.5.1)
 
     def on_body(self, body: bytes) -> None:
         self._spare += 8 * len(body)  # a chunk of one byte takes six

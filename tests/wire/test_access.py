@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import json
 import logging
 from collections.abc import AsyncIterator, Mapping
 
@@ -253,6 +254,22 @@ async def test_address(trusted: str, forwarded: str, client: str, caplog: pytest
         assert other.status_code == (429 if client == "127.0.0.1" and forwarded else 200)
     lines = [record for record in caplog.records if record.getMessage() == "request"]
     assert [vars(line)["client"] for line in lines[:2]] == [client] * 2
+
+
+async def test_trailers(caplog: pytest.LogCaptureFixture) -> None:
+    """What follows a body is no header: a proxy that passes it on (HAProxy does) has not written it."""
+    caplog.set_level(logging.INFO, "chatproxy")
+    body = json.dumps({"messages": HI}).encode()
+    head = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nX-Forwarded-For: 192.0.2.1\r\nX-Request-ID: kept\r\n"
+    head += b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    trailers = b"X-Forwarded-For: 203.0.113.9\r\nHost: evil.example\r\nX-Request-ID: forged\r\n\r\n"
+    async with Upstream() as grok, serving(grok.url) as service, service.caller() as caller:
+        await caller.send(head + b"%x\r\n%b\r\n0\r\n%b" % (len(body), body, trailers))
+        status, headers = await caller.head()
+        await caller.until(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert (status, headers["x-request-id"]) == (200, "kept")
+    [line] = [record for record in caplog.records if record.getMessage() == "request"]
+    assert vars(line)["client"] == "192.0.2.1"
 
 
 async def test_network() -> None:
