@@ -19,6 +19,8 @@ from chatproxy.schemas import encode_error
 # A request's head is a few hundred bytes. (Browsers open connections in advance, and don't mind when they are closed.)
 HEAD_TIMEOUT = 20.0
 
+DELIMITERS = (b"content-length", b"transfer-encoding")
+
 
 class Connection(HttpToolsProtocol):
     """uvicorn's, but the answer that is running is told at once that its caller has left, and requests have bounds.
@@ -67,6 +69,9 @@ class Connection(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade() and any(name in DELIMITERS for name, _ in self.headers):
+            # llhttp reads no body then: it would be the next request, and its answer that of somebody behind a proxy.
+            raise ValueError
         self._clock.cancel()
         self._spare = MAX_HEAD_BYTES  # for chunk sizes and trailers
         if not self.url.startswith(b"/"):
@@ -79,6 +84,9 @@ class Connection(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self._spare += 8 * len(body)  # a chunk of one byte takes six
         super().on_body(body)
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing: an upgrade is an offer, which may be ignored. (uvicorn would advise to install WebSockets.)"""
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 -- uvicorn's text is not ours
         self._refuse(InvalidHTTP())

@@ -530,6 +530,21 @@ async def test_endless_head(grok: Upstream, service: Local, begin: bytes, more: 
     assert grok.calls == []
 
 
+@pytest.mark.parametrize("protocol", ["h2c", "websocket"])
+async def test_upgrade(service: Local, protocol: str, caplog: pytest.LogCaptureFixture) -> None:
+    """An upgrade is not made; and where it is asked for, no body is taken for another request."""
+    upgrade = f"HTTP/1.1\r\nUpgrade: {protocol}\r\nConnection: Upgrade\r\n".encode()
+    plain = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    async with service.caller() as caller:
+        await caller.send(plain.replace(b"HTTP/1.1\r\n", upgrade))
+        assert (await caller.head())[0] == 200
+    async with service.caller() as caller:
+        await caller.send(request(body=plain).replace(b"HTTP/1.1\r\n", upgrade, 1))
+        response = await answer(caller)
+    assert (response.status_code, refusal(response)["code"]) == NO_HTTP
+    assert [record.getMessage() for record in caplog.records] == ["Invalid HTTP request received."]
+
+
 @pytest.mark.parametrize("garbage", [b"canary\r\n\r\n", b"GET / HTTP/1.1\r\nX: " + b"y" * 300_000])
 async def test_garbage_after_a_request(grok: Upstream, service: Local, garbage: bytes) -> None:
     """What is no request, sent while an answer is on its way, ends the connection and gets no answer in its midst."""
