@@ -112,6 +112,7 @@ def load(environ: Mapping[str, str]) -> Settings:
         if variable not in given or field.name == "grok_api_key":
             continue
         try:
+            given[variable].encode()  # what is no UTF-8 can't be sent either
             read = _READERS.get(field.name)
             value = read(given[variable]) if read else given[variable]
             values[field.name] = msgspec.convert(value, field.type, strict=False, dec_hook=_secret)
@@ -124,6 +125,8 @@ def load(environ: Mapping[str, str]) -> Settings:
 
 
 def _rule(type_: Any, error: ValueError) -> str:
+    if isinstance(error, UnicodeEncodeError):
+        return "expected text in UTF-8"
     if choices := [choice for choice in get_args(type_) if isinstance(choice, str)]:
         return f"expected {' or '.join(choices)}"
     rule = str(error).partition(", got ")[0].replace("`", "")
@@ -153,6 +156,10 @@ def _secret(_: type, value: str) -> Secret:
     return Secret(value)  # the one type of ours that msgspec asks about
 
 
+# As it is sent: neither a pattern, nor what browsers encode. Or an IPv6 address.
+_HOSTNAME = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*|[0-9a-f:.]+")
+
+
 def _list(value: str) -> list[str]:
     return [item.strip() for item in value.split(",") if item.strip()]
 
@@ -161,7 +168,7 @@ def _base_url(value: str) -> str:
     url = urlsplit(value)
     if (
         url.scheme not in ("http", "https")
-        or not url.hostname
+        or not _HOSTNAME.fullmatch(url.hostname or "")
         or url.query
         or url.fragment
         or url.username is not None
@@ -179,7 +186,7 @@ def _origins(value: str) -> Iterator[str]:
             yield item
         elif (
             url.scheme not in ("http", "https")
-            or not url.hostname
+            or not _HOSTNAME.fullmatch(url.hostname or "")
             or url.path not in ("", "/")
             or url.username is not None
             or url.query
@@ -221,7 +228,8 @@ def _root_path(value: str) -> str:
 
 def _tokens(value: str) -> list[str]:
     tokens = _list(value)
-    if any(not re.fullmatch(r"[A-Za-z0-9._~+/-]{16,}=*", token) for token in tokens):
+    # None at all would let everybody in.
+    if not tokens or any(not re.fullmatch(r"[A-Za-z0-9._~+/-]{16,}=*", token) for token in tokens):
         raise ValueError("expected tokens of 16 or more letters, digits and ._~+/- separated by commas")
     return tokens
 

@@ -151,6 +151,8 @@ TOKENS = "expected tokens of 16 or more letters, digits and ._~+/- separated by 
         ("ALLOWED_ORIGINS", "https://a.example?x", f"{ORIGINS}, not 'https://a.example?x'"),
         ("ALLOWED_ORIGINS", "https://u@a.example", f"{ORIGINS}, not 'https://u@a.example'"),
         ("ALLOWED_ORIGINS", "ftp://a.example", f"{ORIGINS}, not 'ftp://a.example'"),
+        ("ALLOWED_ORIGINS", "https://*.a.example", f"{ORIGINS}, not 'https://*.a.example'"),
+        ("ALLOWED_ORIGINS", "https://b\u00fccher.example", f"{ORIGINS}, not 'https://b\u00fccher.example'"),
         ("ALLOWED_ORIGINS", "null", f"{ORIGINS}, not 'null'"),
         ("ALLOWED_ORIGINS", "https://a:x", "port could not be cast to integer value as 'x', not 'https://a:x'"),
         ("ALLOWED_HOSTS", "a.example:80", f"{HOSTS}, not 'a.example:80'"),
@@ -160,6 +162,7 @@ TOKENS = "expected tokens of 16 or more letters, digits and ._~+/- separated by 
         ("FORWARDED_ALLOW_IPS", "10.0.0.1/8", f"{ADDRESSES}, not '10.0.0.1/8'"),
         ("FORWARDED_ALLOW_IPS", "proxy", f"{ADDRESSES}, not 'proxy'"),
         ("GROK_BASE_URL", "api.x.ai/canary", ADDRESS),
+        ("GROK_BASE_URL", "https://api..x.ai/canary", ADDRESS),
         ("GROK_BASE_URL", "https://user:canary@api.x.ai/v1", ADDRESS),
         ("GROK_BASE_URL", "https://api.x.ai/v1?key=canary", ADDRESS),
         ("GROK_BASE_URL", "https://api.x.ai/v1 canary", ADDRESS),
@@ -167,7 +170,10 @@ TOKENS = "expected tokens of 16 or more letters, digits and ._~+/- separated by 
         ("GROK_API_KEY", "xai canary", "expected visible ASCII characters without spaces"),
         ("GROK_API_KEY", "canary\u00e9", "expected visible ASCII characters without spaces"),
         ("ACCESS_TOKENS", "canary", TOKENS),
+        ("ACCESS_TOKENS", ",", TOKENS),
         ("ACCESS_TOKENS", "0123456789abcdef,canary", TOKENS),
+        ("GROK_MODEL", "\udcff", "expected text in UTF-8, not '\\udcff'"),
+        ("SYSTEM_PROMPT", "canary \udcff", "expected text in UTF-8"),
     ],
 )
 def test_wrong_values(variable: str, text: str, rule: str) -> None:
