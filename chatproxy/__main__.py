@@ -54,11 +54,12 @@ def run(settings: Settings, sock: socket.socket, *, reloading: bool = False) -> 
 
 def configure() -> Settings:
     """Settings from the environment and `.env`, and logging as they say. Exits with 2 if they are wrong."""
-    given = {name: value for name, value in dotenv_values(".env", interpolate=False).items() if value is not None}
     try:
+        given = {name: value for name, value in dotenv_values(".env", interpolate=False).items() if value is not None}
         settings = load({**given, **os.environ})
-    except Invalid as problems:
-        print(problems, file=sys.stderr)  # noqa: T201 -- there is no log yet
+    except (Invalid, OSError, UnicodeDecodeError) as problem:
+        told = problem if isinstance(problem, Invalid) else f".env: cannot be read ({type(problem).__name__})"
+        print(told, file=sys.stderr)  # noqa: T201 -- there is no log yet
         sys.exit(2)
     logs.configure(settings.log_level, settings.log_format)
     return settings

@@ -269,6 +269,14 @@ def test_exit_code(tmp_path: Path) -> None:
     ]
 
 
+def test_env_file_that_is_no_text(tmp_path: Path) -> None:
+    """So does a `.env` that cannot be read."""
+    (tmp_path / ".env").write_bytes("GROK_API_KEY=canary\n".encode("utf-16"))
+    ended = run(tmp_path, PYTHONPATH=str(ROOT))
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == ".env: cannot be read (UnicodeDecodeError)\n"
+
+
 def test_port_in_use(tmp_path: Path) -> None:
     """An address that cannot be listened on is told in one line."""
     with refusing() as url:
