@@ -5,8 +5,10 @@ import asyncio
 import importlib
 import logging
 import os
+import resource
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import uvicorn
@@ -23,6 +25,10 @@ def main() -> None:
     parser.add_argument("--reload", action="store_true", help="restart when the code changes (development)")
     reload = parser.parse_args().reload
     settings = configure()
+    # An answer takes two files, and MAX_STREAMS of them more than the 1,024 that a process is usually given.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError):  # macOS takes less than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         sock = listen(settings)
     except OSError as error:

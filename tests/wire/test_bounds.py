@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import resource
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -64,6 +65,18 @@ async def test_busy() -> None:
             gate.open()
         assert [answer(task.result().content) for task in running] == ["ab", "ab"]
         assert answer((await service.ask()).content) == "ab"
+
+
+@LINUX
+async def test_files() -> None:
+    """MAX_STREAMS is the bound, and not the files that a shell allows: the service takes all that it may have."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(limits[1], 1024) - 1, limits[1]))
+    try:
+        async with Upstream() as grok, spawned(grok.url) as service:
+            assert resource.prlimit(service.pid, resource.RLIMIT_NOFILE) == (limits[1], limits[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 # Whatever becomes of an answer, its place is free then.
