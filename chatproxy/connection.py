@@ -4,6 +4,7 @@ Knows HTTP/1.1 as uvicorn and llhttp do. Does not know routes, events or Grok.
 """
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Callable
 from typing import Any, cast
@@ -15,6 +16,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from chatproxy.errors import ChatError, HeadersTooLarge, InvalidHTTP
 from chatproxy.middleware import MAX_HEAD_BYTES
 from chatproxy.schemas import encode_error
+
+log = logging.getLogger(__name__)
 
 # A request's head is a few hundred bytes. (Browsers open connections in advance, and don't mind when they are closed.)
 HEAD_TIMEOUT = 20.0
@@ -101,6 +104,9 @@ class Connection(HttpToolsProtocol):
                 f"Connection: close\r\nX-Request-ID: {request_id}\r\n\r\n"
             )
             self.transport.write(head.encode() + body)
+            client = self.client[0] if self.client else None
+            fields = {"request_id": request_id, "client": client, "status": error.status, "code": error.code}
+            log.info("request", extra=fields)
         self.transport.close()
 
     def _await_head(self) -> None:

@@ -61,7 +61,7 @@ class Log:
         assert (line.pop("level"), line.pop("message"), line.pop("request_id")) == ("info", message, request_id)
         if message == "request":
             assert line.pop("client") == "127.0.0.1"
-            assert 0 <= line.pop("ms") < 60_000
+            assert 0 <= line.pop("ms", 0) < 60_000
         return line
 
 
@@ -140,6 +140,16 @@ async def test_lines_of_other_requests(log_format: str) -> None:
             assert await log.of(request_id) == {"method": method, **expected}
         made = (await service.client.get("/healthz", headers={"X-Request-ID": "in\tsane"})).headers["X-Request-ID"]
         assert (await log.of(made))["route"] == "/healthz"
+        assert "canary" not in service.stderr
+
+
+@formats
+async def test_line_of_no_request(log_format: str) -> None:
+    """What never becomes a request has a line as well, with the id that its sender is told."""
+    async with Upstream() as grok, logging(grok, log_format) as (service, log), service.caller() as caller:
+        await caller.send(b"canary\r\n\r\n")
+        status, headers = await caller.head()
+        assert await log.of(headers["x-request-id"]) == {"status": status, "code": "invalid_http"}
         assert "canary" not in service.stderr
 
 
