@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 # A request's head is a few hundred bytes. (Browsers open connections in advance, and don't mind when they are closed.)
 HEAD_TIMEOUT = 20.0
 
+# Requests that wait for the one before them. Browsers and proxies send none; each is 20 bytes for them and 2 KB for us.
+MAX_WAITING = 16
+
 DELIMITERS = (b"content-length", b"transfer-encoding")
 
 
@@ -72,9 +75,12 @@ class Connection(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
+        """Whatever is raised here makes it an `invalid_http`."""
         if self.parser.should_upgrade() and any(name in DELIMITERS for name, _ in self.headers):
             # llhttp reads no body then: it would be the next request, and its answer that of somebody behind a proxy.
-            raise ValueError
+            raise ValueError("a body with an upgrade")
+        if len(self.pipeline) == MAX_WAITING:
+            raise ValueError("too many wait")
         self._clock.cancel()
         self._spare = MAX_HEAD_BYTES  # for chunk sizes and trailers
         if not self.url.startswith(b"/"):

@@ -60,7 +60,7 @@ class RequestError(ChatError):
 
 class InvalidHTTP(RequestError):
     status, code = 400, "invalid_http"
-    message = "This is not a valid HTTP/1.1 request, or one with a body that asks for an Upgrade."
+    message = "This is no valid HTTP/1.1 request, asks for an Upgrade with a body, or is too far ahead of its answer."
 
 
 class InvalidJSON(RequestError):

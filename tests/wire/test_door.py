@@ -530,6 +530,24 @@ async def test_endless_head(grok: Upstream, service: Local, begin: bytes, more: 
     assert grok.calls == []
 
 
+async def test_requests_that_wait(grok: Upstream, service: Local) -> None:
+    """A few requests may be sent ahead of their answers; more than that are not kept, but end the connection."""
+    ahead = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    async with service.caller() as caller:
+        await caller.send(ahead * 10)
+        for _ in range(10):
+            await caller.until(b'{"status":"ok"}')
+        await caller.send(ahead * 100)
+        assert (await caller.rest()).startswith(b"HTTP/1.1 400 ")
+    grok.play(stream("a", HANG))
+    async with service.caller() as caller:
+        await caller.post({"messages": HI})
+        await caller.until(b"data: a\n\n\r\n")
+        await caller.send(ahead * 100)
+        assert await caller.rest() == b""
+    await grok.calls[0].hung_up()
+
+
 @pytest.mark.parametrize("protocol", ["h2c", "websocket"])
 async def test_upgrade(service: Local, protocol: str, caplog: pytest.LogCaptureFixture) -> None:
     """An upgrade is not made; and where it is asked for, no body is taken for another request."""
