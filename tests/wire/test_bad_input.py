@@ -50,6 +50,7 @@ NOT_JSON = {
     "a lone surrogate": content(rb'"\ud83d canary"'),
     "surrogates in the wrong order": content(rb'"\ude00\ud83d"'),
     "nested too deep where nobody looks": body()[:-1] + b', "x": ' + b"[" * 10_000 + b"]" * 10_000 + b"}",
+    "nested one too deep where nobody looks": body()[:-1] + b', "x": ' + b"[" * 100 + b"]" * 100 + b"}",
     "objects nested too deep": body()[:-1] + b', "x": ' + b'{"a":' * 5_000 + b"1" + b"}" * 5_000 + b"}",
 }
 
@@ -184,6 +185,8 @@ async def test_other_paths(grok: Upstream, service: Local, method: str, path: st
             body()[:-1] + b', "x": 1e999, "y": -1e-999, "z": ' + b"9" * 5_000 + b"}", id="huge numbers nobody uses"
         ),
         pytest.param(content(rb'"\ud83d\ude00"'), id="a pair of surrogates"),
+        pytest.param(body()[:-1] + b', "x": ' + b"[" * 99 + b"]" * 99 + b"}", id="nested as deep as allowed"),
+        pytest.param(content(b'"' + rb'[{\"' * 101 + b'"'), id="brackets in a text"),
         pytest.param(b"\n " + body() + b"\r\n", id="blanks around it"),
         pytest.param(body()[:-1] + b" " * (50_000 - len(body())) + b"}", id="as large as allowed"),
     ],
