@@ -138,6 +138,18 @@ async def test_too_large(grok: Upstream, service: Local) -> None:
     assert grok.calls == []
 
 
+@pytest.mark.parametrize("sent", [b"{}", b"[]"])
+async def test_too_many_objects(sent: bytes) -> None:
+    """A large body that is nothing but structure is refused before it takes the time of a thousand others."""
+    async with Upstream() as grok, serving(grok.url) as service:
+        allowed = await post(service, body()[:-1] + b', "x": [' + b",".join([sent] * 49_996) + b"]}")
+        refused = await post(service, body()[:-1] + b', "x": [' + b",".join([sent] * 49_997) + b"]}")
+    assert answer(allowed.content) == "Hello, world"
+    assert (refused.status_code, refusal(refused)["code"]) == (422, "invalid_request")
+    assert "too many" in refusal(refused)["message"]
+    assert len(grok.calls) == 1
+
+
 async def test_too_many_messages(grok: Upstream, service: Local) -> None:
     """One message over the limit is refused."""
     response = await post(service, body(messages=HI * 6))
