@@ -168,7 +168,7 @@ class InternalError(ServiceError):
 
 class Busy(ServiceError):
     status, code = 503, "busy"
-    message = "This service is at its limit of running answers. Try again shortly."
+    message = "This service has as much to do as it may have at one time. Try again shortly."
     retry_after = 1
 
 

@@ -28,9 +28,13 @@ def caller(address: str) -> str:
 
 
 class Limits:
-    """So many chats for each caller in a window that begins with the first of them."""
+    """So many chats for each caller in a window that begins with the first of them.
+
+    `bodies` are the bytes of all request bodies that are coming in.
+    """
 
     def __init__(self, rate: RateLimit | None) -> None:
+        self.bodies = 0
         self._rate = rate
         self._windows: dict[str, tuple[float, int]] = {}  # until when, how many left; the oldest first
 

@@ -23,6 +23,7 @@ from chatproxy.config import Settings
 from chatproxy.errors import (
     BodyTimeout,
     BodyTooLarge,
+    Busy,
     CallerLeft,
     ChatError,
     Draining,
@@ -46,6 +47,10 @@ from chatproxy.services.streams import NOTHING_AFTER, Answer, Streams
 
 # A caller who needs longer for a megabyte is holding a connection rather than using it.
 BODY_TIMEOUT = 60.0
+
+# What is kept of all bodies while they come in; beyond it only small ones are read.
+MAX_BODIES_BYTES = 64_000_000
+SMALL_BODY = 65_536
 
 MAX_IDEMPOTENCY_KEY = 255
 
@@ -279,8 +284,8 @@ def _authorize(request: Request[AppState]) -> None:
 
 
 async def _read_body(request: Request[AppState]) -> bytes:
-    """Raises BodyTooLarge as soon as that is known, BodyTimeout, or CallerLeft."""
-    limit = request.state["settings"].max_body_bytes
+    """Raises BodyTooLarge or Busy as soon as that is known, BodyTimeout, or CallerLeft."""
+    limit, limits = request.state["settings"].max_body_bytes, request.state["limits"]
     if int(request.headers.get("content-length", "0")) > limit:
         raise BodyTooLarge
     body = bytearray()
@@ -288,12 +293,17 @@ async def _read_body(request: Request[AppState]) -> bytes:
         async with asyncio.timeout(BODY_TIMEOUT):
             async for piece in request.stream():
                 body += piece
+                limits.bodies += len(piece)
                 if len(body) > limit:
                     raise BodyTooLarge
+                if len(body) > SMALL_BODY and limits.bodies > MAX_BODIES_BYTES:
+                    raise Busy
     except TimeoutError:
         raise BodyTimeout from None
     except ClientDisconnect:
         raise CallerLeft(asyncio.get_running_loop().time()) from None
+    finally:
+        limits.bodies -= len(body)
     return bytes(body)
 
 

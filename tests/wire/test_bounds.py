@@ -47,7 +47,7 @@ TEXT = piece(frame(chunk({"content": "x" * 4000})))
 END = [piece(DONE), piece(b"")]
 
 
-# Places (MAX_STREAMS).
+# Places (MAX_STREAMS), files and bodies.
 
 
 async def test_busy() -> None:
@@ -91,6 +91,25 @@ ENDS: dict[str, Steps] = {
     "not HTTP": [b"canary\r\n\r\n", CLOSE],
     "overloaded": error(503, {"error": "x"}),
 }
+
+
+async def test_bodies_that_never_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together they take no more than their share of memory; small ones are read all the same."""
+    monkeypatch.setattr("chatproxy.routes.MAX_BODIES_BYTES", 250_000)
+    async with Upstream() as grok, serving(grok.url) as service:
+        large = {"messages": [{"role": "user", "content": "a" * 100_000}]}
+        async with AsyncExitStack() as stack:
+            for _ in range(2):
+                caller = await stack.enter_async_context(service.caller())
+                await caller.post(b"a" * 100_000, Content_Length="100001", Expect="100-continue")
+                assert (await caller.head())[0] == 100
+            refused = await service.client.post("/api/chat", json=large)
+            assert (refused.status_code, refusal(refused)["code"]) == (503, "busy")
+            assert int(refused.headers["Retry-After"]) > 0
+            assert answer((await service.ask()).content) == "Hello, world"
+        async with asyncio.timeout(5):
+            while (await service.client.post("/api/chat", json=large)).status_code != 200:
+                pass
 
 
 @pytest.mark.parametrize("resumable", [False, True], ids=["plain", "resumable"])
