@@ -310,6 +310,24 @@ async def test_idle_clock_goes_on_after_a_slow_reader() -> None:
     assert json.loads(data.removeprefix(b"data: "))["error"]["code"] == "idle_timeout"
 
 
+async def test_stream_timeout_of_a_slow_reader() -> None:
+    """While a slow reader keeps us from reading Grok, the stream clock goes on; who reads on is told that it struck."""
+    text = piece(frame(chunk({"content": "x" * 4000})))
+    async with (
+        Upstream(lambda _: chain([STREAM_HEAD], repeat(text))) as grok,
+        serving(grok.url, **{**LONG, "stream_timeout": 1}) as service,
+        service.caller(receive_buffer=8192) as caller,
+    ):
+        await caller.post({"messages": HI}, Connection="close")
+        call = await grok.call()
+        with pytest.raises(TimeoutError):
+            await call.hung_up(within=1.2)
+        body = await rest(caller)
+        await call.hung_up(within=1)
+    [data] = [line for line in body.split(b"\n") if line.startswith(b'data: {"error"')]
+    assert json.loads(data.removeprefix(b"data: "))["error"]["code"] == "stream_timeout"
+
+
 async def test_half_an_error_body_is_read_for_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """The body of an error has a clock of its own; what there is of it decides, and the clocks of C4 do not strike."""
     monkeypatch.setattr("chatproxy.services.grok.ERROR_TIMEOUT", SHORT)
