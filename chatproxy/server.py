@@ -41,7 +41,7 @@ def listen(settings: Settings) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     # asyncio forgets this for such a socket (uvloop does not), and tokens would wait for acknowledgements.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # pragma: no branch -- tested on Linux
         # An ASGI application cannot abort its socket, but Linux does: when what was sent is not
         # acknowledged, or the reader's window stays shut, for so long. The reader's connection is
         # then lost like any other. (Milliseconds in a C int; 0 would be no limit of ours.)

@@ -57,6 +57,8 @@ KEY = "xai-test-0123456789abcdef"
 HI = [{"role": "user", "content": "Hi"}]
 PATIENCE = 10.0
 """Seconds that a test waits for something that comes at once when all is well."""
+MEASURED = {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")}
+"""The variables of a process that is to be measured as this one is, if it is."""
 
 
 def environment(upstream_url: str, **changes: object) -> dict[str, str]:
@@ -322,15 +324,13 @@ async def spawned(
     """
     port = free_port()
     variables = environment(upstream_url, **{"port": port, "pythonpath": ROOT, "path": os.defpath, **changes})
-    # A process under coverage is measured too.
-    variables |= {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")}
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *python,
         "-m",
         "chatproxy",
         *arguments,
-        env=variables,
+        env=variables | MEASURED,
         cwd=cwd or ROOT / "tests",  # where no .env is
         stdin=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,

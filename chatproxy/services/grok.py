@@ -306,7 +306,7 @@ class Completion(Interruptible):
 
     async def _open(self) -> None:
         settings = self._grok.settings
-        for attempt in itertools.count():
+        for attempt in itertools.count():  # pragma: no branch -- it has no end
             self._waiting_since = self._loop.time()
             self._be_patient(settings.first_token_timeout, FirstTokenTimeout)
             try:

@@ -297,7 +297,7 @@ class Streams:
         await store.open(answer.id)
         async with aclosing(events):  # after the end is told: Grok may take its time to close
             try:
-                async for frames, last in events:
+                async for frames, last in events:  # pragma: no branch -- one is the last
                     await store.append(answer.id, frames)
                     answer.written += len(frames)
                     answer.decided.set()

@@ -1,5 +1,6 @@
 """Settings come from the environment and `.env`; whatever is wrong with them is told at once, and no secret is."""
 
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ import msgspec
 import pytest
 
 from chatproxy.config import Invalid, RateLimit, Settings, load
-from tests.conftest import KEY, ROOT, spawned
+from chatproxy.server import Server, listen
+from tests.conftest import KEY, MEASURED, PATIENCE, ROOT, environment, spawned
 from tests.upstream import Upstream, refusing
 
 DEFAULTS = {
@@ -249,7 +251,7 @@ def run(cwd: Path, **variables: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-m", "chatproxy"],
         cwd=cwd,
-        env=variables,
+        env=variables | MEASURED,
         capture_output=True,
         text=True,
         timeout=20,
@@ -285,6 +287,20 @@ def test_port_in_use(tmp_path: Path) -> None:
     [line] = ended.stderr.splitlines()
     assert ended.returncode == 1
     assert line.startswith(f"HOST, PORT: cannot listen on 127.0.0.1:{port}: Address already in use")
+
+
+def test_start_that_fails() -> None:
+    """What goes wrong while the service starts is raised, and not waited for."""
+    settings = load(environment("http://127.0.0.1:1/v1"))
+    sock = listen(settings)
+    sock.close()
+
+    async def start() -> None:
+        async with asyncio.timeout(PATIENCE):
+            await Server(settings).running(sock).__aenter__()
+
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        asyncio.run(start())
 
 
 @pytest.mark.anyio

@@ -146,6 +146,22 @@ async def test_upstream_reports_errors_in_scripts() -> None:
                 await chat(http, grok)
 
 
+@pytest.mark.anyio
+async def test_end_of_a_live_stream() -> None:
+    """Whoever waits for an event or a comment after the end is told that none will come."""
+    async with (
+        Upstream() as grok,
+        client() as http,
+        http.stream("POST", f"{grok.url}/chat/completions", json={}) as response,
+    ):
+        live = conftest.Live(response)
+        await live.rest()
+        with pytest.raises(EOFError):
+            await live.event()
+        with pytest.raises(EOFError):
+            await live.comment()
+
+
 def client() -> httpx.AsyncClient:
     return httpx.AsyncClient(trust_env=False)
 

@@ -88,6 +88,16 @@ async def linear(cost: Callable[[int], Awaitable[float]], size: int) -> bool:
     return False
 
 
+@pytest.mark.parametrize(("power", "passes"), [(1, True), (2, False)])
+async def test_growth_is_seen(power: int, passes: bool) -> None:
+    """What costs four times as much for twice the size is found, and what costs twice as much is not."""
+
+    async def cost(size: int) -> float:
+        return float(size**power)
+
+    assert await linear(cost, 100) is passes
+
+
 @pytest.mark.parametrize("resumable", [False, True], ids=["plain", "resumable"])
 @pytest.mark.parametrize("shape", SHAPES)
 async def test_cost_of_an_answer(shape: str, resumable: bool) -> None:
