@@ -19,6 +19,7 @@ Line = dict[str, Any]
 
 def parsed_json(line: str) -> Line:
     parsed: Line = json.loads(line)
+    assert parsed.pop("logger").split(".")[0] == "chatproxy"
     return parsed
 
 
@@ -56,7 +57,6 @@ class Log:
             while not (found := self._about(request_id, message)):  # noqa: ASYNC110 -- nobody tells when it grows
                 await asyncio.sleep(0.01)
         [line] = found
-        line.pop("logger", None)  # only in JSON
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line.pop("time"))
         assert (line.pop("level"), line.pop("message"), line.pop("request_id")) == ("info", message, request_id)
         if message == "request":
@@ -170,9 +170,18 @@ async def test_lines_of_resumable_answers(log_format: str) -> None:
         gate.open()
         await service.client.get(path, headers={"X-Request-ID": "read"})
         assert await log.of("read") == {**read, "end": "done"}
+        await service.ask(resumable=True, headers={"X-Request-ID": "streamed"})
+        assert await log.of("streamed") == {**CHAT, "status": 200, "end": "done"}
         line = await log.of("created", "stream ended")
         assert 0 < line.pop("first_token_ms") < 60_000
         assert line == {"end": "done", "model": "grok-4.3", "deltas": 2, **USAGE}
+
+        ended = len(log.lines("stream ended"))
+        grok.play(error(400, {"error": "Model not found"}))
+        await service.ask(resumable=True, headers={"X-Request-ID": "refused"})
+        rejected = {"end": "failed", "code": "upstream_rejected"}
+        assert await log.of("refused") == {**CHAT, "status": 502, **rejected}
+        assert len(log.lines("stream ended")) == ended
 
 
 async def test_done_is_done() -> None:
@@ -258,6 +267,17 @@ async def test_endless_words_of_grok(grok: Upstream) -> None:
     assert [len(logged) < 300 for logged in await complaints(grok, *(error(500, body) for body in bodies))] == [
         True
     ] * 3
+
+
+async def test_words_of_grok_in_an_answer(grok: Upstream, caplog: pytest.LogCaptureFixture) -> None:
+    """When an error comes after the first chunk, nobody knows the chat any more: no word of it is logged."""
+    gate = Gate()
+    grok.play(sse(frame(chunk({"content": "a"})), gate, b'data: {"code": "x", "error": "canary"}\n\n'))
+    async with serving(grok.url) as service, service.asking() as live:
+        await live.event()
+        gate.open()
+        await live.rest()
+    assert "upstream_error: status 200, code 'x', 32 bytes" in caplog.messages
 
 
 async def test_malformed_frame(grok: Upstream) -> None:
