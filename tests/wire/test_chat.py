@@ -355,6 +355,7 @@ FAILED_ENDS = {
         "upstream_error",
     ),
     "JSON of another kind": ([TEXT, b"data: [1]\n\n", DONE_FRAME], "upstream_error"),
+    "a deep nest": ([TEXT, b'data: {"x": ' + b"[" * 10_000 + b"]" * 10_000 + b"}\n\n", DONE_FRAME], "upstream_error"),
     "a wrong type": ([TEXT, frame(chunk({"content": 5})), DONE_FRAME], "upstream_error"),
     "a lone surrogate": (
         [TEXT, rb'data: {"choices":[{"delta":{"content":"\ud83d"}}]}' + b"\n\n", DONE_FRAME],
