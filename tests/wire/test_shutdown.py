@@ -11,8 +11,8 @@ from itertools import chain, repeat
 import httpx
 import pytest
 
-from tests.conftest import HI, Live, Service, failure, refusal, spawned
-from tests.readers import DONE, Event
+from tests.conftest import HI, Live, Service, failure, refusal, serving, spawned
+from tests.readers import DONE, Event, answer
 from tests.upstream import HANG, STREAM_HEAD, Call, Gate, Step, Steps, Upstream, chunk, error, frame, piece, stream
 
 pytestmark = pytest.mark.anyio
@@ -50,6 +50,15 @@ async def begun(service: Service, content: str) -> AsyncIterator[Live]:
     async with service.asking(content) as live:
         assert (await live.event()).data == "a"
         yield live
+
+
+async def test_connections_to_grok() -> None:
+    """A connection that was kept for the next chat ends with the service."""
+    async with Upstream() as grok:
+        async with serving(grok.url) as service:
+            assert answer((await service.ask()).content) == "Hello, world"
+            assert grok.open >= 1
+        await grok.until(lambda: grok.open == 0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
