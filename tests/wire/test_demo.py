@@ -7,7 +7,8 @@ import pytest
 
 from tests.conftest import PATIENCE, serving, spawned
 from tests.readers import DONE, Event, answer, joined, naive
-from tests.upstream import Upstream
+from tests.upstream import CLOSE, Steps, Upstream, chunk, frame
+from tests.upstream import DONE as DONE_FRAME
 
 pytestmark = pytest.mark.anyio
 
@@ -56,9 +57,20 @@ async def test_http_proxy() -> None:
         async with spawned(proxy.url, http_proxy="http://127.0.0.1:1", no_proxy="127.0.0.1") as service:
             assert answer((await service.ask()).content)
         assert proxy.calls[1].path == "/v1/chat/completions"
+        async with spawned(proxy.url, http_proxy="http://127.0.0.1:1", grok_transport="own") as service:
+            assert answer((await service.ask()).content)
 
 
 async def test_no_proxy_for_the_demo() -> None:
     """The demo needs no way out, so it works where an HTTP proxy is configured, too."""
     async with spawned(NOBODY, grok_api_key=None, http_proxy="http://127.0.0.1:1") as service:
         assert answer((await service.ask()).content)
+
+
+@pytest.mark.parametrize(("transport", "status"), [("own", 502), ("httpx", 200)])
+async def test_transport(transport: str, status: int) -> None:
+    """GROK_TRANSPORT decides: a reply with a folded header is refused by our own, and read by httpx's."""
+    folded = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nX: a\r\n b\r\nConnection: close\r\n\r\n"
+    script: Steps = [folded + frame(chunk({"content": "a"})) + DONE_FRAME, CLOSE]
+    async with Upstream(script) as grok, serving(grok.url, grok_transport=transport, grok_retries=0) as service:
+        assert (await service.ask()).status_code == status
