@@ -64,6 +64,7 @@ async def tab(playwright: Playwright, tmp_path: Path) -> AsyncIterator[Page]:
         CHROMIUM,
         "--headless",
         "--remote-debugging-port=0",
+        "--no-startup-window",  # playwright may wait for ever for a page that begins as it connects
         f"--user-data-dir={tmp_path}",
         *ARGUMENTS,
         stderr=asyncio.subprocess.PIPE,
