@@ -457,7 +457,7 @@ async def _beginning(pieces: AsyncIterator[bytes]) -> bytes:
         async with asyncio.timeout(ERROR_TIMEOUT):
             async for piece in pieces:
                 body += piece[:MAX_ERROR_BYTES]
-                if len(body) > MAX_ERROR_BYTES:
+                if len(body) >= MAX_ERROR_BYTES:
                     break
     return body
 

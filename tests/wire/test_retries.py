@@ -27,6 +27,7 @@ from tests.upstream import (
     chunk,
     error,
     frame,
+    head,
     refusing,
     sse,
     stream,
@@ -381,3 +382,15 @@ async def test_same_place(monkeypatch: pytest.MonkeyPatch) -> None:
         await grok.until(lambda: len(grok.calls) == 1 and grok.playing == 0)
         assert refusal(await service.ask())["code"] == "busy"
         assert answer((await asked).content) == "ok"
+
+
+async def test_hung_up_before_the_next() -> None:
+    """An error whose body does not end is read up to a bound, and hung up on before Grok is asked again."""
+    endless: Script = [head(503, {"Content-Length": "1000000000"}), b"x" * 100_000, HANG]
+    async with Upstream(endless, stream("ok")) as grok, serving(grok.url, grok_retries=1) as service:
+        async with asyncio.timeout(3):
+            response = await service.ask()
+        assert answer(response.content) == "ok"
+        first, second = grok.calls
+        assert first.left.is_set()
+        assert first.left_at < second.arrived_at
