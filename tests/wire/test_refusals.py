@@ -84,6 +84,7 @@ ANSWERS: dict[str, tuple[Script, Expected]] = {
     "401": (said(401, "No authorization header or an invalid authorization token", None), AUTH),
     "401 nested": (error(401, {"error": {"message": TAIL, "type": "auth", "code": 401}}), AUTH),
     "401 without a body": (error(401, b""), AUTH),
+    "401 cut off in its body": ([head(401, {"Content-Length": "100"}) + b'{"error": ', CLOSE], AUTH),
     "403 no credits": (said(403, "Your newly created team doesn't have any credits yet.", OLD_DENIED), AUTH),
     "403 credits used up": (said(403, CREDITS, DENIED), AUTH),
     "403 key rights": (said(403, "Access to the chat endpoint is denied.", DENIED), AUTH),
