@@ -11,7 +11,7 @@ from itertools import chain, repeat
 import httpx
 import pytest
 
-from tests.conftest import HI, Live, Service, failure, refusal, serving, spawned
+from tests.conftest import HI, PATIENCE, Live, Service, failure, refusal, serving, spawned
 from tests.readers import DONE, Event, answer
 from tests.upstream import HANG, STREAM_HEAD, Call, Gate, Step, Steps, Upstream, chunk, error, frame, piece, stream
 
@@ -155,6 +155,23 @@ async def test_resumable_while_draining() -> None:
                 assert [*(await other.rest())][-1] == last
         assert '"code":"draining"' in last.data
         assert last.type == "error"
+        assert await service.exit_code(within=REST) == 0
+    only_log_lines(service.stderr)
+
+
+async def test_unread_while_draining() -> None:
+    """A resumable answer that nobody reads just then is waited for like any other, and can be read."""
+    gate = Gate()
+    async with Upstream(stream("a", gate, "b")) as grok, spawned(grok.url, drain_timeout=PATIENCE) as service:
+        created = (await service.ask(headers={"Accept": "application/json"})).json()
+        service.process.terminate()
+        with pytest.raises(TimeoutError):
+            await service.exit_code(within=0.5)
+        async with service.client.stream("GET", created["url"]) as response:
+            live = Live(response)
+            assert (await live.event()).data == "a"
+            gate.open()
+            assert [event.data for event in await live.rest()] == ["b", DONE]
         assert await service.exit_code(within=REST) == 0
     only_log_lines(service.stderr)
 
