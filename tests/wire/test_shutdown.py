@@ -213,7 +213,7 @@ async def test_second_signal(first: signal.Signals, second: signal.Signals) -> N
         service.process.send_signal(first)
         await stopping(service)
         service.process.send_signal(second)
-        assert await service.exit_code(within=1) == 1
+        assert await service.exit_code(within=REST) == 1
     only_log_lines(service.stderr)
 
 
@@ -247,7 +247,7 @@ async def test_second_ctrl_c_under_the_reloader() -> None:
             await stopping(service)
             await asyncio.sleep(0.6)  # nobody is that quick; the first may reach the service twice
             os.killpg(service.pid, signal.SIGINT)
-            await service.exit_code(within=2)
+            await service.exit_code(within=REST)
         with pytest.raises(httpx.ConnectError):  # nobody is left to answer
             await service.client.get("/healthz")
     only_log_lines(service.stderr)
