@@ -244,6 +244,14 @@ async def test_words_of_grok(grok: Upstream) -> None:
     assert [secret for secret in PRIVATE if secret in logged] == []
 
 
+async def test_key_of_another_kind(grok: Upstream, caplog: pytest.LogCaptureFixture) -> None:
+    """The key in use is not logged either, whatever keys look like."""
+    grok.play(error(400, {"error": "Too much for the.key-in-use of you."}))
+    async with serving(grok.url, grok_api_key="the.key-in-use") as service:
+        await service.ask()
+    assert "Too much for … of you." in caplog.text
+
+
 async def test_many_words_of_grok(grok: Upstream) -> None:
     """Of a long message there are at most 200 characters, and nothing private wherever it lies in it."""
     texts = ["a b c " * (length // 6) + f"{UUID} {KEY} " * 9 + "a b c " * 999 for length in range(0, 1500, 30)]
