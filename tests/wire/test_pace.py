@@ -150,9 +150,11 @@ async def test_comments_of_grok_are_not_passed_on() -> None:
     assert set(comments(response.content)) == {"keep-alive"}
 
 
-async def test_end_is_not_held_back() -> None:
-    """The end marker comes with Grok's own, though Grok leaves its connection open."""
-    async with Upstream([*stream("a", usage=False)[:-1], HANG]) as grok, serving(grok.url) as service:
+@pytest.mark.parametrize("finish", ["stop", None])
+async def test_end_is_not_held_back(finish: str | None) -> None:
+    """The end marker comes with Grok's own, though Grok leaves its connection open; that is hung up on soon."""
+    script = [*stream("a", finish=finish, usage=False)[:-1], HANG]
+    async with Upstream(script) as grok, serving(grok.url) as service:
         async with service.asking() as live:
             async with asyncio.timeout(0.5):
                 assert [await live.event(), await live.event()] == [Event("a"), Event(DONE)]
