@@ -576,6 +576,17 @@ async def test_garbage_after_a_request(grok: Upstream, service: Local, garbage: 
     await grok.calls[0].hung_up()
 
 
+async def test_garbage_after_an_answer(grok: Upstream, service: Local) -> None:
+    """What is no request, sent after a whole answer, is told so like any other."""
+    grok.play()
+    async with service.caller() as caller:
+        await caller.post({"messages": HI})
+        await caller.until(b"\r\n0\r\n\r\n")
+        await caller.send(b"canary\r\n\r\n")
+        status, _ = await caller.head()
+        assert (status, json.loads(await caller.rest())["error"]["code"]) == (400, "invalid_http")
+
+
 async def test_mistake_within_a_mistake(
     grok: Upstream, service: Local, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
