@@ -19,7 +19,7 @@ Line = dict[str, Any]
 
 def parsed_json(line: str) -> Line:
     parsed: Line = json.loads(line)
-    assert parsed.pop("logger").split(".")[0] == "chatproxy"
+    assert parsed.pop("logger").split(".")[0] in ("chatproxy", "uvicorn")
     return parsed
 
 
