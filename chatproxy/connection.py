@@ -138,6 +138,8 @@ class HeadJoiner:
     uvicorn writes them one by one, and for a short answer each call costs as much as all of its Python.
     """
 
+    __slots__ = ("_head", "_transport", "write")
+
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         self._head = b""

@@ -61,8 +61,8 @@ class Transport(httpx.AsyncBaseTransport):
         except BaseException:
             self._places.release()
             raise
-        body = Body(connection, timeouts.get("read"))
-        return httpx.Response(connection.status, headers=connection.headers, stream=body)
+        headers, connection.headers = connection.headers, []  # the stream may be long, and nobody needs them
+        return httpx.Response(connection.status, headers=headers, stream=Body(connection, timeouts.get("read")))
 
     async def aclose(self) -> None:
         """Hang up everywhere. Whoever still waits or reads gets a CloseError."""
@@ -160,7 +160,7 @@ class Connection(asyncio.Protocol):
         self.pieces.clear()
         self.headers: list[tuple[bytes, bytes]] = []
         self.status = 0  # until the head is here
-        self.complete = self.reusable = False
+        self.complete = self.reusable = self.endless = False
         self.unread = 0  # bytes from the socket since the reader last took what was here
 
     async def exchange(self, request: httpx.Request, timeouts: Timeouts) -> None:
@@ -276,8 +276,7 @@ class Connection(asyncio.Protocol):
             self.close(httpx.RemoteProtocolError(f"more than {MAX_UNREAD} bytes around the body"))
 
     def eof_received(self) -> None:
-        if not any(name.lower() in DELIMITERS for name, _ in self.headers):
-            self.complete = True  # nothing else ends such a body
+        self.complete = self.complete or self.endless
         self.close(httpx.RemoteProtocolError("the server hung up before the end of its reply"))
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -308,6 +307,7 @@ class Connection(asyncio.Protocol):
         if status < 200:
             self.headers.clear()
             return
+        self.endless = not any(name.lower() in DELIMITERS for name, _ in self.headers)
         codings = [value.lower() for name, value in self.headers if name.lower() == b"transfer-encoding"]
         if codings not in ([], [b"chunked"]):
             raise HttpParserError("a transfer coding that is not chunked")
