@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 from msgspec import Meta, Struct
@@ -160,20 +160,20 @@ def _secret(_: type, value: str) -> Secret:
 _HOSTNAME = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*|[0-9a-f:.]+")
 
 
+def _is_plain(url: SplitResult) -> bool:
+    """Whether it is the address of a web server, or of a path there, and nothing more."""
+    host = _HOSTNAME.fullmatch(url.hostname or "")
+    return bool(url.scheme in ("http", "https") and host) and not (
+        url.query or url.fragment or url.username is not None
+    )
+
+
 def _list(value: str) -> list[str]:
     return [item.strip() for item in value.split(",") if item.strip()]
 
 
 def _base_url(value: str) -> str:
-    url = urlsplit(value)
-    if (
-        url.scheme not in ("http", "https")
-        or not _HOSTNAME.fullmatch(url.hostname or "")
-        or url.query
-        or url.fragment
-        or url.username is not None
-        or not re.fullmatch(r"[\x21-\x7e]+", value)
-    ):
+    if not (_is_plain(urlsplit(value)) and re.fullmatch(r"[\x21-\x7e]+", value)):
         raise ValueError("expected an http or https address such as https://api.x.ai/v1")
     origin(value)  # its port is one
     return value.rstrip("/")
@@ -184,14 +184,7 @@ def _origins(value: str) -> Iterator[str]:
         url = urlsplit(item)
         if item == "*":
             yield item
-        elif (
-            url.scheme not in ("http", "https")
-            or not _HOSTNAME.fullmatch(url.hostname or "")
-            or url.path not in ("", "/")
-            or url.username is not None
-            or url.query
-            or url.fragment
-        ):
+        elif not _is_plain(url) or url.path not in ("", "/"):
             raise ValueError("expected origins such as https://example.com, separated by commas")
         else:
             yield origin(item)

@@ -75,7 +75,7 @@ async def chat(request: Request[AppState]) -> Response:
     if last_event_id := request.headers.get("last-event-id"):
         return await _resume(request, last_event_id)
     state = request.state
-    wanted = _wanted(_accept(request))
+    wanted = _wanted(",".join(request.headers.getlist("accept")))
     _authorize(request)
     if state["draining"].is_set():
         raise Draining
@@ -100,7 +100,15 @@ async def chat(request: Request[AppState]) -> Response:
         events = relay(upstream, report, chat.include or ())
         return EventSourceResponse(events, state["settings"], state["metrics"], upstream, headers)
 
-    return await _resumable(request, upstream, report, chat, body, headers)
+    answer = _resumable(request, upstream, report, chat, body)
+    exchange.report = answer.report
+    streams, hold, url = state["streams"], state["settings"].status_hold, _stream_url(request, answer)
+    if wanted == "stream":
+        headers["Content-Location"] = url
+        return EventSourceResponse(streams.follow(answer, hold), state["settings"], state["metrics"], headers=headers)
+    with Watch(request.receive):
+        await streams.decide(answer, hold)
+    return JSONResponse(Created(answer.id, url), 201, {**headers, "Location": url})
 
 
 async def stream(request: Request[AppState]) -> Response:
@@ -202,26 +210,15 @@ def routes(try_page: bool) -> list[Route]:
     ]
 
 
-async def _resumable(
-    request: Request[AppState], upstream: Completion, report: Report, chat: Chat, body: bytes, headers: dict[str, str]
-) -> Response:
-    """A new resumable answer, or the one that its idempotency key has started: as a stream, or its address."""
-    state = request.state
-    streams, hold = state["streams"], state["settings"].status_hold
+def _resumable(request: Request[AppState], upstream: Completion, report: Report, chat: Chat, body: bytes) -> Answer:
+    """A new resumable answer, or the one that its idempotency key has started. Raises InvalidRequest."""
+    streams, include = request.state["streams"], chat.include or ()
     key, digest = _idempotency_key(request), hashlib.sha256(body).digest()
     # Nothing may be awaited between the look-up and the start, or one key might start two answers.
     answer = streams.find_key(key, digest)
     if answer is None:
-        include = chat.include or ()
         answer = streams.start(lambda frame: relay(upstream, report, include, frame), upstream, report, key, digest)
-    state["exchange"].report = answer.report
-    url = _stream_url(request, answer)
-    if _wanted(_accept(request)) == "stream":
-        headers["Content-Location"] = url
-        return EventSourceResponse(streams.follow(answer, hold), state["settings"], state["metrics"], headers=headers)
-    with Watch(request.receive):
-        await streams.decide(answer, hold)
-    return JSONResponse(Created(answer.id, url), 201, {**headers, "Location": url})
+    return answer
 
 
 async def _resume(request: Request[AppState], last_event_id: str) -> Response:
@@ -253,10 +250,6 @@ async def _only(frame: bytes) -> AsyncGenerator[Step, None]:
 
 def _stream_url(request: Request[AppState], answer: Answer) -> str:
     return f"{request.scope['root_path']}/api/chat/{answer.id}/stream"
-
-
-def _accept(request: Request[AppState]) -> str:
-    return ",".join(request.headers.getlist("accept"))
 
 
 @lru_cache(256)

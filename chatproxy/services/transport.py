@@ -316,7 +316,6 @@ class Connection(asyncio.Protocol):
         self.wake()
         if self.no_body:
             self.complete = True
-            self.reusable = False
             raise HttpParserError("the parser cannot be told that no body follows")
 
     def on_message_complete(self) -> None:

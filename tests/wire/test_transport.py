@@ -435,10 +435,9 @@ def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
         look_up = loop.getaddrinfo
 
         async def getaddrinfo(self: Any, host: str, port: int, **options: Any) -> list[tuple[Any, ...]]:
-            if host == "grok.test":
-                ports.append(port)
-                return [address(url) for url in urls]
-            return list(await look_up(self, host, port, **options))
+            named = host == "grok.test"
+            ports.extend([port] * named)
+            return [address(url) for url in urls] if named else list(await look_up(self, host, port, **options))
 
         monkeypatch.setattr(loop, "getaddrinfo", getaddrinfo)
         return ports
