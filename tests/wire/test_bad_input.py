@@ -199,6 +199,10 @@ async def test_other_paths(grok: Upstream, service: Local, method: str, path: st
         pytest.param(content(rb'"\ud83d\ude00"'), id="a pair of surrogates"),
         pytest.param(body()[:-1] + b', "x": ' + b"[" * 99 + b"]" * 99 + b"}", id="nested as deep as allowed"),
         pytest.param(content(b'"' + rb"[{\"" * 101 + b'"'), id="brackets in a text"),
+        pytest.param(
+            content(rb'"a\\"')[:-1] + b', "sessionId": "' + b"[" * 101 + b'"}',
+            id="brackets after a text that ends in \\",
+        ),
         pytest.param(b"\n " + body() + b"\r\n", id="blanks around it"),
         pytest.param(body()[:-1] + b" " * (50_000 - len(body())) + b"}", id="as large as allowed"),
     ],
