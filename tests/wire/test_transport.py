@@ -21,7 +21,7 @@ import httpx
 import pytest
 import trustme
 
-from chatproxy.services.transport import MAX_UNREAD, Transport
+from chatproxy.services.grok.transport import MAX_UNREAD, Transport
 from tests.upstream import RESET_ON_CLOSE, refusing, unreachable
 
 pytestmark = pytest.mark.anyio
@@ -465,14 +465,14 @@ async def test_silent_address(resolve: Callable[..., object], monkeypatch: pytes
                 assert time.monotonic() - started < 5
             resolve(refused, refused)
             assert await outcome(own(), "http://grok.test/") == "ConnectError"
-            monkeypatch.setattr("chatproxy.services.transport.NEXT_ADDRESS", 0.01)
+            monkeypatch.setattr("chatproxy.services.grok.transport.NEXT_ADDRESS", 0.01)
             resolve(silent, refused)
             assert await outcome(own(), "http://grok.test/", timeout=0.1) == "ConnectTimeout"
 
 
 async def test_two_addresses_at_once(resolve: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
     """If two addresses answer at the same time, one of the connections is used and the other is closed."""
-    monkeypatch.setattr("chatproxy.services.transport.NEXT_ADDRESS", 0)
+    monkeypatch.setattr("chatproxy.services.grok.transport.NEXT_ADDRESS", 0)
     async with Server(answering(OK, then=silence)) as server, Server(answering(OK, then=silence)) as other:
         resolve(*[server.url, other.url] * 5)
         async with client() as http:
