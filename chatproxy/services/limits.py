@@ -6,7 +6,7 @@ for HTTP".
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -42,8 +42,12 @@ class RateLimiter(Protocol):
 class MemoryRateLimiter:
     """A RateLimiter in this process: so many in a window that begins with the caller's first chat."""
 
-    def __init__(self, rate: RateLimit | None) -> None:
+    def __init__(
+        self, rate: RateLimit | None, *, max_callers: int = MAX_CALLERS, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._rate = rate
+        self._max_callers = max_callers
+        self._clock = clock
         self._windows: dict[str, tuple[float, int]] = {}  # until when (monotonic), how many left; the oldest first
 
     async def check(self, caller: Caller) -> None:
@@ -56,8 +60,10 @@ class MemoryRateLimiter:
         return {} if self._rate is None else self._take(self._rate, caller, 1)
 
     def _take(self, rate: RateLimit, caller: Caller, count: int) -> dict[str, str]:
-        now = time.monotonic()
-        while self._windows and (len(self._windows) > MAX_CALLERS or next(iter(self._windows.values()))[0] <= now):
+        now = self._clock()
+        while self._windows and (
+            len(self._windows) > self._max_callers or next(iter(self._windows.values()))[0] <= now
+        ):
             del self._windows[next(iter(self._windows))]
         until, left = self._windows.get(caller.id, (now + rate.seconds, rate.count))
         wait = math.ceil(until - now)
@@ -154,8 +160,8 @@ class ReaderLimit:
 class BodyMemory:
     """One bound for all request bodies, from their first byte until Grok's first chunk."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._limit = max(MAX_BODY_MEMORY, 2 * settings.max_body_bytes)
+    def __init__(self, settings: Settings, *, limit: int | None = None) -> None:
+        self._limit = limit if limit is not None else max(MAX_BODY_MEMORY, 4 * settings.max_body_bytes)
         self.used = 0
 
     def hold(self) -> "BodyHold":

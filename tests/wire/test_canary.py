@@ -10,8 +10,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from chatproxy import logs, schemas
+from chatproxy import logs
 from chatproxy.config import load
+from chatproxy.events import TextDelta
+from chatproxy.formats.plain import decode_request
+from chatproxy.services.grok import chat_completions, failures
 from tests.conftest import Service, environment, serving, spawned
 from tests.readers import standard
 from tests.upstream import CLOSE, HANG, RESET, Script, Upstream, chunk, error, frame, sse, stream
@@ -58,7 +61,7 @@ async def every_way(service: Service) -> list[httpx.Response]:
     answers = []
     for resumable in (False, True):
         for number, _ in enumerate(SCRIPTS):
-            key = {"Idempotency-Key": f"{CANARY}-{number}"}
+            key = {"Idempotency-Key": f"{CANARY}-{number}-{resumable}"}
             response = await service.ask(PROMPT, resumable=resumable, headers={**headers, **key}, **fields)
             assert all(CANARY not in event.data for event in standard(response.content) if event.type == "error")
             if response.status_code != 200:
@@ -141,7 +144,9 @@ def broken(*said: object) -> None:
     raise ValueError(f"{PROMPT} {said}") from KeyError(KEY)
 
 
-@pytest.mark.parametrize("place", ["routes.decode_chat", "services.relay.encode", "services.grok.encode"])
+@pytest.mark.parametrize(
+    "place", ["formats.plain.decode_body", "formats.plain.encode_json", "services.grok.chat_completions._encode"]
+)
 @pytest.mark.parametrize("resumable", [False, True])
 async def test_tracebacks(
     place: str,
@@ -167,10 +172,10 @@ async def test_reprs() -> None:
     """What holds the key or what was said does not show it."""
     settings = load(environment("http://localhost/v1", grok_api_key=KEY, system_prompt=SYSTEM, access_tokens=TOKEN))
     body = {"messages": [{"role": "user", "content": PROMPT}], "sessionId": SESSION}
-    chat = schemas.decode_chat(json.dumps(body).encode())
-    said = schemas.decode_chunk(frame(chunk({"content": ANSWER}, error=ANSWER, usage={CANARY: 1}))[6:])
-    request = schemas.CompletionRequest("grok", chat.messages, True, {})
-    refused = schemas.decode_refusal(json.dumps({"error": {"message": ANSWER}, "code": 1}).encode())
-    for holder in (settings, chat, chat.messages, said, said.choices, request, refused):
+    chat = decode_request(json.dumps(body).encode(), "id").chat
+    said = chat_completions.Chunk([], error=ANSWER)
+    request = chat_completions.CompletionRequest("grok", chat.messages, True, {})
+    refused = failures.UpstreamErrorBody(ANSWER, ANSWER)
+    for holder in (settings, chat, chat.messages, said, TextDelta(ANSWER), request, refused):
         assert CANARY not in repr(holder)
         assert len(repr(holder)) > 5

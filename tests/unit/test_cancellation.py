@@ -1,15 +1,18 @@
 """A wait that somebody else ends."""
 
 import asyncio
+import gc
+import weakref
+from contextlib import suppress
 
 import pytest
 
+from chatproxy.cancellation import CancellableWait
 from chatproxy.config import load
 from chatproxy.errors import Stopped
-from chatproxy.interrupt import Interruptible
+from chatproxy.events import Chat, Message
 from chatproxy.metrics import Metrics
-from chatproxy.schemas import Chat, Message
-from chatproxy.services.grok import Grok
+from chatproxy.services.grok.client import Grok
 from tests.conftest import PATIENCE, environment
 from tests.upstream import Upstream
 
@@ -20,7 +23,7 @@ class Over(Exception):
     """What waits end with here."""
 
 
-async def waiting(region: Interruptible) -> "asyncio.Task[str]":
+async def waiting(region: CancellableWait) -> "asyncio.Task[str]":
     """A task that waits in the region; it tells in the end what ended the wait, and how often it was cancelled."""
 
     async def wait() -> str:
@@ -37,39 +40,62 @@ async def waiting(region: Interruptible) -> "asyncio.Task[str]":
 
 async def test_interrupted() -> None:
     """The wait ends with the error, the first one if there are more, and nobody was cancelled."""
-    region = Interruptible()
+    region = CancellableWait()
     task = await waiting(region)
-    region.interrupt(Over("first"))
-    region.interrupt(Over("second"))
+    region.cancel_with(Over("first"))
+    region.cancel_with(Over("second"))
     assert await task == "first, and cancelled 0 times"
 
 
 async def test_interrupted_before() -> None:
     """An interrupt that finds nobody waiting is kept for whoever comes."""
-    region = Interruptible()
+    region = CancellableWait()
     with region:
         pass
-    region.interrupt(Over("early"))
+    region.cancel_with(Over("early"))
     assert await (await waiting(region)) == "early, and cancelled 0 times"
 
 
 async def test_interrupted_by_itself() -> None:
     """Whoever interrupts the region that it is in goes on to its end, and no further."""
-    region = Interruptible()
+    region = CancellableWait()
     with region:
-        region.interrupt(Over("own"))
+        region.cancel_with(Over("own"))
         await asyncio.sleep(0)
     assert await (await waiting(region)) == "own, and cancelled 0 times"
+
+
+async def test_error_leads_to_nothing_that_leads_back() -> None:
+    """The error is gone as soon as it was handled, and all that its traceback holds with it."""
+
+    async def give_up(wait: CancellableWait) -> None:
+        with suppress(Over), wait:
+            await asyncio.sleep(PATIENCE)
+
+    gc.collect()
+    gc.disable()
+    try:
+        error = Over()
+        gone = weakref.ref(error)
+        wait = CancellableWait()
+        task = asyncio.create_task(give_up(wait))
+        await asyncio.sleep(0)
+        wait.cancel_with(error)
+        del error
+        await task
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("first", ["cancel", "interrupt"])
 async def test_cancelled(first: str) -> None:
     """A cancellation stays one, whether it came before an interrupt or after it."""
-    region = Interruptible()
+    region = CancellableWait()
     task = await waiting(region)
     if first == "cancel":
         task.cancel()
-    region.interrupt(Over())
+    region.cancel_with(Over())
     if first == "interrupt":
         task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -81,7 +107,7 @@ async def test_stopped_before_it_was_asked_for() -> None:
     async with Upstream() as upstream:
         grok = Grok(load(environment(upstream.url)), upstream.url, Metrics())
         completion = grok.stream(Chat([Message("user", "Hi")]))
-        completion.interrupt(Stopped())
+        completion.cancel_with(Stopped())
         with pytest.raises(Stopped):
             await completion.__aenter__()
         assert grok.running == set()
