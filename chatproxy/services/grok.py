@@ -52,7 +52,7 @@ from chatproxy.schemas import (
     decode_refusal,
     encode,
 )
-from chatproxy.services.transport import Transport
+from chatproxy.services.transport import Transport, socket_options
 
 log = logging.getLogger(__name__)
 
@@ -505,10 +505,19 @@ def _classify(status: int, text: str) -> ChatError:
 
 def _transport(settings: Settings, url: httpx.URL) -> httpx.AsyncBaseTransport:
     places = settings.max_streams + 1  # and one for the key check
+    # Long before the first-token timeout: what was sent and is not acknowledged by then is on a connection that was
+    # lost without a word, as by a NAT that forgot it or a laptop that slept.
+    unacknowledged = 3 * settings.connect_timeout
     # The built-in demo is on this machine.
     proxy = None if settings.grok_api_key is None or proxy_bypass(url.host) else getproxies().get(url.scheme)
     if settings.grok_transport == "httpx" or (settings.grok_transport == "auto" and proxy):
         # httpx's own limits are 100 connections, and 5 s for idle ones.
         limits = httpx.Limits(max_connections=places, keepalive_expiry=KEEP_CONNECTION)
-        return httpx.AsyncHTTPTransport(limits=limits, proxy=proxy)
-    return Transport(ssl_context=httpx.create_ssl_context(), max_connections=places, keepalive_expiry=KEEP_CONNECTION)
+        return httpx.AsyncHTTPTransport(limits=limits, proxy=proxy, socket_options=socket_options(unacknowledged))
+    return Transport(
+        url,
+        ssl_context=httpx.create_ssl_context(),
+        max_connections=places,
+        keepalive_expiry=KEEP_CONNECTION,
+        unacknowledged_timeout=unacknowledged,
+    )
