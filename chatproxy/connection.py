@@ -13,9 +13,10 @@ from urllib.parse import urlsplit
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from chatproxy.errors import ChatError, HeadersTooLarge, InvalidHTTP
+from chatproxy.errors import ChatError, HeadersTooLarge
+from chatproxy.errors import InvalidJSON as InvalidHTTP
+from chatproxy.formats import encode_error
 from chatproxy.middleware import MAX_HEAD_BYTES
-from chatproxy.schemas import encode_error
 
 log = logging.getLogger(__name__)
 

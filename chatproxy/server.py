@@ -19,7 +19,7 @@ import uvicorn
 from chatproxy.app import create_app
 from chatproxy.config import Settings
 from chatproxy.connection import Connection
-from chatproxy.errors import Draining
+from chatproxy.lifecycle import Lifecycle
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +30,8 @@ SEND_BUFFER = 65_536
 # nginx keeps connections to us for 60 s; ours must not close first, under a request on its way.
 KEEP_CONNECTION = 75
 
-# For the last events to be written, once the time to drain is over.
-LAST_WORDS = 1.0
+# Seconds for the last events to be written, once the time to drain is over.
+FINAL_WRITE_TIMEOUT = 1.0
 
 
 def listen(settings: Settings) -> socket.socket:
@@ -55,9 +55,11 @@ class Server(uvicorn.Server):
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        app = create_app(settings)
+        self.lifecycle: Lifecycle = app.state.lifecycle
         super().__init__(
             uvicorn.Config(
-                create_app(settings),
+                app,
                 http=Connection,
                 lifespan="on",
                 log_config=None,
@@ -78,7 +80,7 @@ class Server(uvicorn.Server):
 
     @asynccontextmanager
     async def running(self, sock: socket.socket | None = None) -> AsyncIterator[int]:
-        """Serve inside of it, in this event loop; gives the port. Leaving it drains (contract C7)."""
+        """Serve inside of it, in this event loop; gives the port. Leaving it drains."""
         sock = sock or listen(self.settings)
         serving = asyncio.create_task(self.serve([sock]))
         while not self.started:
@@ -93,26 +95,14 @@ class Server(uvicorn.Server):
             await serving
 
     async def _drain(self) -> None:
-        """No new chats; the running ones go on for DRAIN_TIMEOUT, and are then told the truth."""
-        state = self.lifespan.state
-        state["draining"].set()
-        grok = state["grok"]
-        if not await self._idle(self.settings.drain_timeout):
-            for completion in list(grok.running):
-                completion.interrupt(Draining())
-            if not await self._idle(LAST_WORDS):
+        """No new chats; the running ones go on for DRAIN_TIMEOUT, and are then told that the service stops."""
+        self.lifecycle.draining = True
+        if not await self.lifecycle.idle(self.settings.drain_timeout):
+            self.lifecycle.end_streams()
+            if not await self.lifecycle.idle(FINAL_WRITE_TIMEOUT):
                 # Readers who take nothing cannot be told; uvicorn would wait for them.
                 for connection in list(self.server_state.connections):
                     connection.transport.abort()
-
-    async def _idle(self, seconds: float) -> bool:
-        """Wait until nothing runs any more, neither for a reader nor to be resumed; whether that came in time."""
-        deadline = asyncio.get_running_loop().time() + seconds
-        while self.server_state.tasks or self.lifespan.state["grok"].running:
-            if asyncio.get_running_loop().time() >= deadline:
-                return False
-            await asyncio.sleep(0.02)
-        return True
 
 
 async def serve(settings: Settings, sock: socket.socket, *, reloading: bool = False) -> None:

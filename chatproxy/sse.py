@@ -16,19 +16,20 @@ _DONE_LINE = re.compile(r"^\[DONE\]$", re.MULTILINE)
 
 
 class TooLong(ValueError):
-    """A line or an event is longer than MAX_EVENT_BYTES."""
+    """A line or an event is longer than it may be."""
 
 
 class Decoder:
     """Turns the bytes of an event stream, cut anywhere, into the data of its events.
 
     Lines end with LF, CR LF or CR and nothing else (9.2.5). Event types, ids and comments are
-    skipped: Grok sends none that matter.
+    skipped: Grok sends none that matter. `max_event_bytes` bounds a line and an event.
     """
 
-    __slots__ = ("_after_cr", "_data", "_data_size", "_rest", "_rest_size", "_started")
+    __slots__ = ("_after_cr", "_data", "_data_size", "_rest", "_rest_size", "_started", "max_event_bytes")
 
-    def __init__(self) -> None:
+    def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
+        self.max_event_bytes = max_event_bytes
         self._started = False
         self._after_cr = False
         self._rest: list[bytes] = []  # an unfinished line, in the cuts it came in
@@ -48,7 +49,7 @@ class Decoder:
 
         lines = piece.split(b"\n")
         self._rest_size += len(lines[0])
-        if self._rest_size > MAX_EVENT_BYTES:
+        if self._rest_size > self.max_event_bytes:
             raise TooLong
         rest = lines.pop()
         if lines:
@@ -69,7 +70,7 @@ class Decoder:
             if line.startswith(b"data:") or line == b"data":
                 data.append(line[6:] if line[5:6] == b" " else line[5:])
                 size += len(line)
-                if size > MAX_EVENT_BYTES:
+                if size > self.max_event_bytes:
                     raise TooLong
             elif not line and data:  # 9.2.6: an event without a data line is not dispatched
                 events.append(data[0] if len(data) == 1 else b"\n".join(data))
@@ -78,7 +79,7 @@ class Decoder:
         return events
 
 
-class Text:
+class DeltaSplitter:
     """Cuts the deltas of one text into the data of events that every reader joins back exactly.
 
     CR LF and CR become LF, also when a CR LF is cut between two deltas; a line that is exactly
@@ -123,7 +124,7 @@ def encode(data: str, type: str | None = None, id: str | None = None) -> bytes:
     return f"{head}data: {data}\n{tail}\n".encode()
 
 
-def opening(id: str, reconnection_time: int) -> bytes:
+def encode_reconnect_hint(id: str, reconnection_time: int) -> bytes:
     """The frame that gives a reader a place to come back to before the first event.
 
     9.2.6: an event without data is dropped, but its id and its reconnection time (in

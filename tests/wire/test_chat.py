@@ -146,7 +146,7 @@ async def test_answer(grok: Upstream, service: Local, accept: str | None) -> Non
     assert response.content == b"data: Hel\n\ndata: lo\n\ndata: [DONE]\n\n"
     expected = {
         "content-type": "text/event-stream; charset=utf-8",
-        "cache-control": "no-cache, no-transform",
+        "cache-control": "no-cache, no-transform, no-store",
         "x-accel-buffering": "no",
     }
     assert {name: response.headers[name] for name in expected} == expected
@@ -357,10 +357,6 @@ FAILED_ENDS = {
     "JSON of another kind": ([TEXT, b"data: [1]\n\n", DONE_FRAME], "upstream_error"),
     "a deep nest": ([TEXT, b'data: {"x": ' + b"[" * 10_000 + b"]" * 10_000 + b"}\n\n", DONE_FRAME], "upstream_error"),
     "a wrong type": ([TEXT, frame(chunk({"content": 5})), DONE_FRAME], "upstream_error"),
-    "a lone surrogate": (
-        [TEXT, rb'data: {"choices":[{"delta":{"content":"\ud83d"}}]}' + b"\n\n", DONE_FRAME],
-        "upstream_error",
-    ),
     "a frame over a megabyte": ([TEXT, b"data: " + b"x" * 1_100_000, HANG], "upstream_error"),
 }
 

@@ -385,7 +385,7 @@ async def test_readable_mistake(
     service: Local, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """So is a mistake of ours, which is told without its words."""
-    monkeypatch.setattr("chatproxy.routes.decode_chat", lambda _: int("canary"))
+    monkeypatch.setattr("chatproxy.formats.plain.decode_body", lambda *_: int("canary"))
     response = await service.ask("canary", headers={"Origin": PAGE})
     caplog.clear()
     assert (response.status_code, refusal(response)["code"]) == (500, "internal_error")
@@ -469,7 +469,7 @@ async def test_request_id_in_every_line() -> None:
 async def test_slow_body(grok: Upstream, service: Local, monkeypatch: pytest.MonkeyPatch) -> None:
     """A body that does not come is not waited for; what came of it is not used."""
     grok.play()
-    monkeypatch.setattr("chatproxy.routes.BODY_TIMEOUT", 0.2)
+    monkeypatch.setattr("chatproxy.routes.bodies.BODY_TIMEOUT", 0.2)
     for sent in (request(length=str(len(CHAT) + 1)), chunked(b"%x\r\n%b\r\n" % (len(CHAT), CHAT))):
         async with service.caller() as caller:
             await caller.send(sent)

@@ -72,11 +72,11 @@ async def test_shapes_of_the_contract(service: Local) -> None:
     """The schemas are those that requests are decoded with; headers and ways to authenticate are named."""
     described = await description(service)
     schemas = described["components"]["schemas"]
-    assert set(schemas) == {"Chat", "Message", "Created", "Failure", "Problem", "Health", "Finish"}
-    assert schemas["Chat"]["required"] == ["messages"]
-    assert set(schemas["Chat"]["properties"]) == {"messages", "sessionId", "include", "resumable"}
+    assert set(schemas) == {"ChatRequest", "Message", "Created", "ErrorBody", "ErrorDetail", "Health", "FinishData"}
+    assert schemas["ChatRequest"]["required"] == ["messages"]
+    assert set(schemas["ChatRequest"]["properties"]) == {"messages", "sessionId", "include", "resumable"}
     assert schemas["Message"]["properties"]["content"]["minLength"] == 1
-    assert schemas["Problem"]["required"] == ["type", "code", "message", "param", "request_id"]
+    assert schemas["ErrorDetail"]["required"] == ["type", "code", "message", "param", "request_id"]
     chat = described["paths"]["/api/chat"]["post"]
     assert {"token": []} in chat["security"]
     assert described["components"]["securitySchemes"]["token"]["scheme"] == "bearer"

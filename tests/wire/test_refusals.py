@@ -288,7 +288,8 @@ async def test_operator_is_told(grok: Upstream, service: Local, caplog: pytest.L
     await service.ask("canary-prompt")
     errors = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
     assert [line for line in errors if "GROK_API_KEY" in line]
-    assert [line for line in errors if "Incorrect API key provided." in line]
+    assert [line for line in errors if "sentence 'wrong API key'" in line]
+    assert "Incorrect" not in caplog.text
     for hidden in (KEY, TEAM, "xai-canary", "canary-prompt"):
         assert hidden not in caplog.text
 

@@ -216,7 +216,7 @@ async def test_jitter() -> None:
 @pytest.mark.parametrize("status", [429, 503])
 async def test_retry_after(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Retry-After is honoured up to the longest that is ours to wait for: not sooner, and not much later."""
-    monkeypatch.setattr("chatproxy.services.grok.MAX_RETRY_WAIT", 1)
+    monkeypatch.setattr("chatproxy.services.grok.completion.MAX_RETRY_WAIT", 1)
     async with Upstream(after(1, status), stream("ok")) as grok, serving(grok.url) as service:
         assert answer((await service.ask()).content) == "ok"
         first, second = grok.calls

@@ -21,7 +21,7 @@ import httpx
 import pytest
 import trustme
 
-from chatproxy.services.transport import MAX_UNREAD, ClientConnection, Transport
+from chatproxy.services.grok.transport import MAX_UNREAD, ClientConnection, Transport
 from tests.upstream import RESET_ON_CLOSE, drop_received, refusing, unreachable
 
 pytestmark = pytest.mark.anyio

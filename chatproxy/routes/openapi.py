@@ -10,33 +10,46 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
 
 from chatproxy import __version__, errors
 from chatproxy.errors import ChatError, RequestError, UpstreamError
-from chatproxy.schemas import Chat, Created, Failure, Finish, Health
+from chatproxy.formats import ErrorBody
+from chatproxy.formats.plain import ChatRequest, FinishData
+from chatproxy.routes.answers import Created
+from chatproxy.routes.operations import Health
+from chatproxy.routes.responses import JSONResponse
+from chatproxy.routes.state import AppState
 
 Object = dict[str, Any]
 
-_TYPES = (Chat, Created, Failure, Finish, Health)
+_TYPES = (ChatRequest, Created, ErrorBody, FinishData, Health)
 _REFERENCES, _SCHEMAS = msgspec.json.schema_components(_TYPES, ref_template="#/components/schemas/{name}")
 _SCHEMA = dict(zip(_TYPES, _REFERENCES, strict=True))
 
 # Which errors are possible where.
 
 Kinds = set[type[ChatError]]
-_NO_ROUTE: Kinds = {errors.NotFound, errors.MethodNotAllowed}
-_HEALTH: Kinds = {errors.InvalidHTTP, errors.HeadersTooLarge, errors.InternalError}
-_OTHERS: Kinds = {*_HEALTH, errors.HostNotAllowed}
-_API: Kinds = {*_OTHERS, errors.OriginNotAllowed}
-_ONE: Kinds = {*_API, errors.NotFound}  # what is no id makes no path
-_STREAM: Kinds = {*_ONE, errors.StreamNotFound, errors.InvalidLastEventID}
-_CHAT: Kinds = {*RequestError.__subclasses__(), *UpstreamError.__subclasses__()}
-_CHAT |= {errors.Busy, errors.Draining, errors.InternalError}
-_CHAT -= {*_NO_ROUTE, errors.StreamNotFound, errors.InvalidLastEventID}
-_CHAT -= {errors.UpstreamCutOff, errors.IdleTimeout, errors.EmptyAnswer}  # only after a first chunk
-_IN_AN_ANSWER: Kinds = {*UpstreamError.__subclasses__(), errors.ContentPolicy, errors.ContextLengthExceeded}
-_IN_AN_ANSWER |= {errors.Stopped, errors.Abandoned, errors.ReplayLost, errors.StreamNotFound}
-_IN_AN_ANSWER |= {errors.Draining, errors.InternalError}
+NO_ROUTE_ERRORS: Kinds = {errors.NotFound, errors.MethodNotAllowed}
+HEALTH_ERRORS: Kinds = {errors.HeadersTooLarge, errors.InternalError}
+NONAPI_ERRORS_ERRORS: Kinds = {*HEALTH_ERRORS, errors.HostNotAllowed}
+API_ERRORS: Kinds = {*NONAPI_ERRORS_ERRORS, errors.OriginNotAllowed}
+BY_ID_ERRORS: Kinds = {*API_ERRORS, errors.NotFound}  # an id with a slash in it makes another path
+STREAM_ROUTE_ERRORS: Kinds = {
+    *BY_ID_ERRORS,
+    errors.StreamNotFound,
+    errors.InvalidLastEventID,
+    errors.Busy,
+    errors.RateLimited,
+}
+CHAT_ERRORS: Kinds = {*RequestError.__subclasses__(), *UpstreamError.__subclasses__()}
+CHAT_ERRORS |= {errors.Busy, errors.Draining, errors.InternalError, errors.StoreUnavailable}
+CHAT_ERRORS -= {*NO_ROUTE_ERRORS, errors.StreamNotFound, errors.InvalidLastEventID}
+CHAT_ERRORS -= {errors.UpstreamCutOff, errors.IdleTimeout, errors.EmptyAnswer}  # only after a first chunk
+STREAM_ERRORS: Kinds = {*UpstreamError.__subclasses__(), errors.ContentPolicy, errors.ContextLengthExceeded}
+STREAM_ERRORS |= {errors.Stopped, errors.Abandoned, errors.ReplayLost, errors.StreamNotFound, errors.StoreUnavailable}
+STREAM_ERRORS |= {errors.Draining, errors.InternalError}
 
 _HEADERS = {
     "Allow": "The methods that this path takes.",
@@ -49,7 +62,7 @@ _HEADERS = {
     "X-Request-ID": "The request's own, if that was sane; quote it to the operator.",
 }
 _RATE_LIMIT = ("RateLimit", "RateLimit-Policy")
-_OF_STATUS = {401: ("WWW-Authenticate",), 405: ("Allow",), 429: _RATE_LIMIT}
+HEADERS_BY_STATUS = {401: ("WWW-Authenticate",), 405: ("Allow",), 429: _RATE_LIMIT}
 
 
 def _parameter(place: str, name: str, description: str, **schema: Any) -> Object:
@@ -77,7 +90,7 @@ def _json(schema: Object) -> Object:
 
 def _failure(kinds: Iterable[type[ChatError]]) -> Object:
     codes = sorted(kind.code for kind in kinds)
-    return {**_SCHEMA[Failure], "properties": {"error": {"properties": {"code": {"enum": codes}}}}}
+    return {**_SCHEMA[ErrorBody], "properties": {"error": {"properties": {"code": {"enum": codes}}}}}
 
 
 def _event(kind: str, description: str, data: Object | None = None) -> Object:
@@ -100,7 +113,10 @@ def _refusals(kinds: Kinds) -> Object:
     for status, group in groupby(sorted(kinds, key=attrgetter("status", "code")), attrgetter("status")):
         alike = list(group)
         description = "\n".join(f"* `{kind.code}`: {kind.message}" for kind in alike)
-        headers = [*_OF_STATUS.get(status, ()), *({"Retry-After"} if any(kind.retry_after for kind in alike) else ())]
+        headers = [
+            *HEADERS_BY_STATUS.get(status, ()),
+            *({"Retry-After"} if any(kind.retry_after for kind in alike) else ()),
+        ]
         refusals[str(status)] = _answer(description, _json(_failure(alike)), headers)
     return refusals
 
@@ -113,7 +129,7 @@ class _Operation(NamedTuple):
     request: Object = {}  # noqa: RUF012 -- nobody changes it
 
 
-_LAST_EVENT_ID = "The id of the last event received. What follows it is sent, and no chat is begun."
+_LAST_EVENT_ID = "The id of the last event received. What follows it is sent, and no new answer is started."
 _EVENTS = {
     "text/event-stream": {
         # Before OpenAPI 3.2 the schema of an event stream is that of each event.
@@ -122,8 +138,8 @@ _EVENTS = {
             "oneOf": [
                 _event("message", "A piece of the answer, or `[DONE]`: it is complete."),
                 _event("reasoning", "A piece of the reasoning, if included."),
-                _event("finish", "Just before the end, if included.", _SCHEMA[Finish]),
-                _event("error", "In place of `[DONE]`, if the answer failed.", _failure(_IN_AN_ANSWER)),
+                _event("finish", "Just before the end, if included.", _SCHEMA[FinishData]),
+                _event("error", "In place of `[DONE]`, if the answer failed.", _failure(STREAM_ERRORS)),
             ],
         },
         "example": "data: Hel\n\ndata: lo\n\ndata: [DONE]\n\n",
@@ -133,7 +149,7 @@ _LINKS = {
     name: {"operationRef": f"#/paths/~1api~1chat~1{{id}}{operation}", "parameters": {"id": "$response.body#/id"}}
     for name, operation in {"read": "~1stream/get", "stop": "~1stop/post", "delete": "/delete"}.items()
 }
-_STOPPED = {"204": _answer("It is not running, or no longer.")}
+_STOPPED = {"204": _answer("The answer has ended, or is unknown; nothing is paid for it any more.")}
 
 _OPERATIONS = {
     "POST /api/chat": _Operation(
@@ -141,58 +157,70 @@ _OPERATIONS = {
             "200": _answer("The answer.", _EVENTS, ["Content-Location", *_RATE_LIMIT]),
             "201": {
                 **_answer(
-                    "The answer's address, for who accepts JSON but no event stream.",
+                    "The address of the answer's stream, for clients that accept JSON but no event stream.",
                     _json(_SCHEMA[Created]),
                     ["Location", *_RATE_LIMIT],
                 ),
                 "links": _LINKS,
             },
         },
-        _CHAT,
+        CHAT_ERRORS,
         {
             "security": [{"token": []}, {}],
             "parameters": [
-                _parameter("header", "Idempotency-Key", "The same key, the same resumable answer.", maxLength=255),
+                _parameter(
+                    "header",
+                    "Idempotency-Key",
+                    "Makes the request safe to repeat: the same key and body give the same, resumable, answer.",
+                    maxLength=255,
+                ),
                 _parameter("header", "Last-Event-ID", f"{_LAST_EVENT_ID} The body is ignored."),
                 _parameter("header", "traceparent", "W3C Trace Context; passed on to Grok."),
             ],
-            "requestBody": {"required": True, "content": _json(_SCHEMA[Chat])},
+            "requestBody": {"required": True, "content": _json(_SCHEMA[ChatRequest])},
         },
     ),
     "GET /api/chat/{id}/stream": _Operation(
         {"200": _answer("The answer.", _EVENTS, ["Content-Location"]), "204": _answer("Nothing more will come.")},
-        _STREAM,
+        STREAM_ROUTE_ERRORS,
         {
             "parameters": [
                 _parameter("header", "Last-Event-ID", _LAST_EVENT_ID),
-                _parameter("query", "lastEventId", "The same, for who cannot send headers."),
+                _parameter("query", "lastEventId", "The same, for clients that cannot send headers."),
             ]
         },
     ),
-    "POST /api/chat/{id}/stop": _Operation(_STOPPED, _ONE),
-    "DELETE /api/chat/{id}": _Operation(_STOPPED, _ONE),
-    "GET /healthz": _Operation({"200": _answer("It does.", _json(_SCHEMA[Health]))}, _HEALTH),
+    "POST /api/chat/{id}/stop": _Operation(_STOPPED, BY_ID_ERRORS),
+    "DELETE /api/chat/{id}": _Operation(_STOPPED, BY_ID_ERRORS),
+    "GET /healthz": _Operation({"200": _answer("The process is alive.", _json(_SCHEMA[Health]))}, HEALTH_ERRORS),
     "GET /readyz": _Operation(
-        {"200": _answer("They are.", _json(_SCHEMA[Health])), "503": _answer("They are not.", _json(_SCHEMA[Health]))},
-        _HEALTH,
+        {
+            "200": _answer("New chats are taken.", _json(_SCHEMA[Health])),
+            "503": _answer("New chats are refused; `reason` tells why.", _json(_SCHEMA[Health])),
+        },
+        HEALTH_ERRORS,
     ),
     "GET /metrics": _Operation(
-        {"200": _answer("The metrics.", {"text/plain": {"schema": {"type": "string"}}})}, _OTHERS
+        {"200": _answer("The metrics.", {"text/plain": {"schema": {"type": "string"}}})}, NONAPI_ERRORS_ERRORS
     ),
-    "GET /openapi.json": _Operation({"200": _answer("This document.", _json({"type": "object"}))}, _OTHERS),
-    "GET /": _Operation({"200": _answer("The page.", {"text/html": {"schema": {"type": "string"}}})}, _OTHERS),
+    "GET /openapi.json": _Operation(
+        {"200": _answer("This document.", _json({"type": "object"}))}, NONAPI_ERRORS_ERRORS
+    ),
+    "GET /": _Operation(
+        {"200": _answer("The page.", {"text/html": {"schema": {"type": "string"}}})}, NONAPI_ERRORS_ERRORS
+    ),
 }
 
 
 def describe(routes: Iterable[tuple[str, str, str]], root_path: str) -> Object:
-    """The document, from each route's method, path and, after a colon, purpose."""
+    """The document, from each route's method, path and purpose."""
     paths: Object = {}
     for method, path, purpose in routes:
         operation = _OPERATIONS[f"{method} {path}"]
         ids = [_parameter("path", name, "The answer's id.") for name in re.findall(r"{(\w+)}", path)]
         request_id = _parameter("header", "X-Request-ID", "To be logged and sent back; 128 of `A-Za-z0-9._-` at most.")
         paths.setdefault(path, {"parameters": [*ids, request_id]})[method.lower()] = {
-            "summary": purpose.partition(": ")[2],
+            "summary": purpose,
             **operation.request,
             "responses": {**operation.answers, **_refusals(operation.refusals)},
         }
@@ -208,9 +236,19 @@ def describe(routes: Iterable[tuple[str, str, str]], root_path: str) -> Object:
         "components": {
             "schemas": _SCHEMAS,
             "headers": {name: {"description": text, "schema": {"type": "string"}} for name, text in _HEADERS.items()},
-            "responses": _refusals(_NO_ROUTE),
+            "responses": _refusals(NO_ROUTE_ERRORS),
             "securitySchemes": {
                 "token": {"type": "http", "scheme": "bearer", "description": "Only where ACCESS_TOKENS is set."}
             },
         },
     }
+
+
+async def openapi(request: Request[AppState]) -> Response:
+    """Describe this service."""
+    listed = [
+        (method, route.path, route.endpoint.__doc__.splitlines()[0])
+        for route in request.app.routes
+        for method in sorted(route.methods - {"HEAD"})
+    ]
+    return JSONResponse(describe(listed, request.scope["root_path"]))

@@ -1,0 +1,35 @@
+"""The routes of the service: one coroutine for each, a request in, a response out."""
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from chatproxy.errors import MethodNotAllowed, NotFound
+from chatproxy.routes import operations
+from chatproxy.routes.chat import chat
+from chatproxy.routes.openapi import openapi
+from chatproxy.routes.page import Page
+from chatproxy.routes.streams import stop, stream
+
+
+def routes(try_page: bool) -> list[Route]:
+    """The route table."""
+    return [
+        Route("/api/chat", chat, methods=["POST"]),
+        Route("/api/chat/{id}/stream", stream),
+        Route("/api/chat/{id}/stop", stop, methods=["POST"]),
+        Route("/api/chat/{id}", stop, methods=["DELETE"]),
+        Route("/healthz", operations.healthz),
+        Route("/readyz", operations.readyz),
+        Route("/metrics", operations.metrics),
+        Route("/openapi.json", openapi),
+        *([Route("/", Page().show)] if try_page else []),
+    ]
+
+
+async def handle_http_exception(_: Request, error: Exception) -> Response:
+    """Starlette's own 404 and 405, in our words."""
+    assert isinstance(error, HTTPException)
+    kind = MethodNotAllowed if error.status_code == 405 else NotFound
+    raise kind(headers=error.headers) from None

@@ -1,0 +1,39 @@
+"""POST /api/chat: what the Accept header asks for, and what a client sends that comes back."""
+
+import re
+from functools import lru_cache
+from typing import Literal
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from chatproxy.errors import NotAcceptable
+from chatproxy.formats.plain import decode_request
+from chatproxy.routes.answers import answer
+from chatproxy.routes.state import AppState
+from chatproxy.routes.streams import resume_post
+
+# Characters. Browsers send less; longer ones are not remembered, and mean nothing more.
+MAX_ACCEPT = 1000
+
+
+async def chat(request: Request[AppState]) -> Response:
+    """Ask Grok for an answer: as a stream, or as the stream's address."""
+    if last_event_id := request.headers.get("last-event-id"):
+        return await resume_post(request, last_event_id)
+    wanted = negotiate(",".join(request.headers.getlist("accept"))[:MAX_ACCEPT])
+    return await answer(request, decode_request, as_address=wanted == "address")
+
+
+@lru_cache(64)
+def negotiate(accept: str) -> Literal["stream", "address"]:
+    """What an Accept header asks for. Raises NotAcceptable."""
+    ranges = (part.replace(" ", "").lower() for part in accept.split(","))
+    accepted = {part.partition(";")[0] for part in ranges if not re.search(r";q=0(\.0*)?(;|$)", part)} - {""}
+    if not accepted or "text/event-stream" in accepted:
+        return "stream"
+    if "application/json" in accepted:
+        return "address"
+    if accepted & {"*/*", "text/*"}:
+        return "stream"
+    raise NotAcceptable
