@@ -30,10 +30,13 @@ What was seen: `upstream.calls` (chat calls only), `upstream.probes` (GET /v1/ap
 To wait: `await upstream.call(n)`, `await upstream.until(lambda: upstream.playing == 0)`,
 `await call.hung_up(within=1)`. All waits fail after a time; an error in a script is raised when the context closes.
 
+`upstream.lose_connections()` drops what arrives on those that are open, as a NAT does that forgot them.
+
 Addresses where nothing answers: `refusing()` (connection refused) and `unreachable()` (it is never made).
 """
 
 import asyncio
+import ctypes
 import enum
 import json
 import socket
@@ -401,6 +404,11 @@ class Upstream:
         """Chat calls whose script is running now."""
         return sum(not (call.played.is_set() or call.left.is_set()) for call in self.calls)
 
+    def lose_connections(self) -> None:
+        """From now on drop what arrives on the connections that are open, without a word to anybody. Linux only."""
+        for connection in self._connections:
+            drop_received(connection._transport.get_extra_info("socket"))
+
     async def call(self, index: int = 0, within: float = 5.0) -> Call:
         """The chat call with this index, once it has arrived."""
         await self.until(lambda: len(self.calls) > index, within)
@@ -440,6 +448,13 @@ class Upstream:
                 script = error(404, {"code": "not-found", "error": f"No handler found on route {call.path}"})
         self._changed()
         return script(call) if callable(script) else script
+
+
+def drop_received(sock: Any) -> None:
+    """Let a TCP socket receive and acknowledge nothing any more, as behind a NAT that forgot it. Linux only."""
+    instruction = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # BPF: return 0, the bytes to keep
+    filter_ = struct.pack("HL", 1, ctypes.addressof(instruction))
+    sock.setsockopt(socket.SOL_SOCKET, 26, filter_)  # SO_ATTACH_FILTER
 
 
 @contextmanager

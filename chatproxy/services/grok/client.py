@@ -20,7 +20,7 @@ from chatproxy.events import Chat
 from chatproxy.metrics import Metrics
 from chatproxy.services.grok import chat_completions
 from chatproxy.services.grok.completion import Completion, read_beginning
-from chatproxy.services.grok.transport import Transport
+from chatproxy.services.grok.transport import Transport, socket_options
 
 log = logging.getLogger(__name__)
 
@@ -138,14 +138,20 @@ class Grok:
 
 def _transport(settings: Settings, url: httpx.URL) -> httpx.AsyncBaseTransport:
     max_connections = settings.max_streams + 1  # and one for the key check
+    # Seconds, long before the first-token timeout. What was sent and is not acknowledged by then went to a connection
+    # that was lost without a word, as by a NAT that forgot it or a laptop that slept.
+    unacknowledged_timeout = 3 * settings.connect_timeout
     # The built-in demo is on this machine.
     proxy = None if settings.grok_api_key is None or proxy_bypass(url.host) else getproxies().get(url.scheme)
     if settings.grok_transport == "httpx" or (settings.grok_transport == "auto" and proxy):
         # httpx's own limits are 100 connections, and 5 s for idle ones.
         limits = httpx.Limits(max_connections=max_connections, keepalive_expiry=UPSTREAM_KEEPALIVE_EXPIRY)
-        return httpx.AsyncHTTPTransport(limits=limits, proxy=proxy)
+        options = socket_options(unacknowledged_timeout)
+        return httpx.AsyncHTTPTransport(limits=limits, proxy=proxy, socket_options=options)
     return Transport(
+        url,
         ssl_context=httpx.create_ssl_context(),
         max_connections=max_connections,
         keepalive_expiry=UPSTREAM_KEEPALIVE_EXPIRY,
+        unacknowledged_timeout=unacknowledged_timeout,
     )

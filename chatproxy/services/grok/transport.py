@@ -1,182 +1,194 @@
-"""The way to Grok: HTTP/1.1 for httpx, on asyncio's protocols and the llhttp parser.
+"""HTTP/1.1 to one server, as a transport for httpx: asyncio protocols and the llhttp parser.
 
-Knows sockets, TLS and the framing of HTTP/1.1. Does not know chats, JSON or event streams; redirects, cookies and
-content codings stay with httpx. Made for long streams of small pieces: a piece is parsed in the callback that read it,
-a waiting reader costs one future and a busy one none, and there are no timers but those that were asked for.
+It stands in for `httpx.AsyncHTTPTransport`, whose cost per chunk and per request is several times as high. A chunk is
+parsed in the callback that read it and reaches a waiting reader through one future; there are no timers but for
+connecting and for idle connections. It lacks HTTP/2, proxies, streamed request bodies, HEAD, read, write and pool
+timeouts, and `Response.extensions`. Setting GROK_TRANSPORT=httpx replaces it.
 
-Replies and errors are those of httpx's own transport, except that a reply which two parsers might read differently is
-refused (bare LF, folded headers, repeated lengths, a length beside a coding) and that `extensions` stay empty.
+Responses and errors are those of httpx's own transport, except that a response which two parsers might read
+differently is a RemoteProtocolError (bare LF, folded headers, repeated lengths, a length beside a coding).
+
+Knows sockets, TLS and the framing of HTTP/1.1. Does not know chats, JSON, event streams, redirects or cookies.
 """
 
 import asyncio
 import socket
 import ssl
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self, cast
 
 import httpx
 from httptools import HttpParserError, HttpResponseParser
 
-Origin = tuple[str, bytes, int | None]
-Timeouts = Mapping[str, float | None]
+SocketOption = tuple[int, int, int]
 
-# What is read ahead of the reader before the socket is left alone. Also the most that a head, or what surrounds the
-# pieces of a body, may take. Both are exceeded by what one read brings.
+# Bytes. Reading pauses when more than this is buffered. It is also the limit for a response head and for the chunk
+# framing between two pieces of the body, above which the response is a RemoteProtocolError. One socket read may
+# overshoot both.
 MAX_UNREAD = 65_536
 
-# RFC 8305, section 5: how long an address that does not answer holds up the next one.
-NEXT_ADDRESS = 0.25
+# Bytes. A body up to this size is copied behind its head, which makes them one system call; a larger one is not copied.
+MAX_COPIED = 16_384
+
+# Seconds. RFC 8305, section 5: how long to wait for one address before the next one is tried beside it.
+ATTEMPT_DELAY = 0.25
 
 DELIMITERS = {b"content-length", b"transfer-encoding"}
 
 
 class Transport(httpx.AsyncBaseTransport):
-    """At most `max_connections`, each kept for the next request to its origin for `keepalive_expiry` seconds.
+    """At most `max_connections` to the server that `url` names; requests beyond that wait for one that ends.
 
-    For one event loop. The context is made to offer HTTP/1.1 by ALPN, as httpx does with one that it is given.
+    A connection whose response was read to its end is kept for `keepalive_expiry` seconds. One that leaves what we
+    sent unacknowledged for `unacknowledged_timeout` seconds, idle ones included, is lost: httpx.ReadError.
+    For one event loop. The SSL context is changed to offer HTTP/1.1 only by ALPN, as httpx does with one that it is
+    given.
     """
 
-    def __init__(self, *, ssl_context: ssl.SSLContext, max_connections: int, keepalive_expiry: float) -> None:
+    def __init__(
+        self,
+        url: httpx.URL,
+        *,
+        ssl_context: ssl.SSLContext,
+        max_connections: int,
+        keepalive_expiry: float,
+        unacknowledged_timeout: float,
+        attempt_delay: float = ATTEMPT_DELAY,
+    ) -> None:
         ssl_context.set_alpn_protocols(["http/1.1"])
-        self._ssl_context = ssl_context
-        self._max_connections = max_connections
+        self._origin = _origin(url)
+        self._host = url.raw_host.decode("ascii")
+        self._port = url.port or (443 if url.scheme == "https" else 80)
+        self._ssl_context = ssl_context if url.scheme == "https" else None
         self._keepalive_expiry = keepalive_expiry
-        self._places = asyncio.Semaphore(max_connections)  # one for each request
-        self._connecting = 0
-        self.open: set[Connection] = set()
-        self.idle: dict[Connection, float] = {}  # open, and kept until then; the last used one is last
-        self._sweeper: asyncio.TimerHandle | None = None
+        self._socket_options = socket_options(unacknowledged_timeout)
+        self._attempt_delay = attempt_delay
+        self._slots = asyncio.Semaphore(max_connections)  # one for each request
+        self.open: set[ClientConnection] = set()
+        self.idle: dict[ClientConnection, float] = {}  # to the loop time when each expires; the last used one is last
+        self._expiry_timer: asyncio.TimerHandle | None = None
         self._closed = False
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        timeouts: Timeouts = request.extensions.get("timeout", {})
+        """Send a request, whose body is bytes, and wait for the head of its response.
+
+        Of the timeouts in `request.extensions` only "connect" counts. Raises httpx.TransportError.
+        """
+        if _origin(request.url) != self._origin:
+            raise httpx.UnsupportedProtocol(f"this transport is for {self._host}:{self._port} only")
+        timeouts: Mapping[str, float | None] = request.extensions.get("timeout", {})
+        await self._slots.acquire()
         try:
-            async with asyncio.timeout(timeouts.get("pool")):
-                await self._places.acquire()
-        except TimeoutError:
-            raise httpx.PoolTimeout("every connection is in use") from None
-        try:
-            connection = await self._exchange(request, timeouts)
+            connection = self._pop_idle() or await self._connect(timeouts.get("connect"))
+            try:
+                connection.send(request)
+                del request  # its body may be large, and the wait long
+                while not connection.status:
+                    if connection.failure is not None:
+                        raise connection.error()
+                    await connection.wait_for_activity()
+            except (httpx.ReadError, httpx.RemoteProtocolError):
+                # A kept connection that fails is probably stale, and so are the other idle ones. Do not retry here:
+                # the server may have processed (and billed) the request. The caller retries, see GROK_RETRIES.
+                self.close_idle()
+                raise
+            except BaseException:
+                connection.close(httpx.CloseError, "the request was cancelled")
+                raise
         except BaseException:
-            self._places.release()
+            self._slots.release()
             raise
-        headers, connection.headers = connection.headers, []  # the stream may be long, and nobody needs them
-        return httpx.Response(connection.status, headers=headers, stream=Body(connection, timeouts.get("read")))
+        headers, connection.headers = connection.headers, []  # nobody needs them while the body is read
+        return httpx.Response(connection.status, headers=headers, stream=Body(connection))
 
     async def aclose(self) -> None:
-        """Hang up everywhere. Whoever still waits or reads gets a CloseError."""
+        """Close all connections. Whoever still waits or reads gets a CloseError."""
         self._closed = True
         for connection in list(self.open):
-            connection.close(httpx.CloseError("the transport was closed"))
-        await asyncio.sleep(0)  # the event loop closes an aborted socket in its next round
+            connection.close(httpx.CloseError, "the transport was closed")
+        await asyncio.sleep(0)  # the event loop closes an aborted socket in its next iteration
 
-    async def _exchange(self, request: httpx.Request, timeouts: Timeouts) -> "Connection":
-        origin = (request.url.scheme, request.url.raw_host, request.url.port)
-        connection = self._kept(origin) or await self._connect(origin, timeouts.get("connect"))
-        try:
-            await connection.exchange(request, timeouts)
-        except (httpx.ReadError, httpx.RemoteProtocolError):
-            # Was it stale, so may be the other idle ones: the next request meets none of them. This one is not made
-            # again here: a server that hangs up without a word may have worked for it, so who pays counts the tries.
-            for other in [idle for idle in self.idle if idle.origin == origin]:
-                other.close(httpx.CloseError("another one broke"))
-            raise
-        return connection
-
-    def _kept(self, origin: Origin) -> "Connection | None":
+    def _pop_idle(self) -> "ClientConnection | None":
         for connection in reversed(self.idle):
-            if connection.origin == origin and not connection.transport.is_closing():
+            if not connection.transport.is_closing():
                 del self.idle[connection]
-                connection.begin()
+                connection.reset()
                 return connection
         return None
 
-    async def _connect(self, origin: Origin, seconds: float | None) -> "Connection":
-        scheme, host, port = origin
-        if scheme not in ("http", "https"):
-            raise httpx.UnsupportedProtocol(f"neither http:// nor https://, but {scheme}://")
-        # What is not idle belongs to another request, and those are fewer than `max_connections`.
-        if self.idle and len(self.open) + self._connecting >= self._max_connections:
-            next(iter(self.idle)).close(httpx.CloseError("its place was needed"))
-        tls = scheme == "https"
-        name = host.decode("ascii")
-        self._connecting += 1
+    async def _connect(self, seconds: float | None) -> "ClientConnection":
         try:
             async with asyncio.timeout(seconds):
                 _, connection = await asyncio.get_running_loop().create_connection(
-                    lambda: Connection(self, origin),
-                    sock=await reach(name, port or (443 if tls else 80)),
-                    ssl=self._ssl_context if tls else None,
-                    server_hostname=name if tls else None,
+                    lambda: ClientConnection(self),
+                    sock=await connect_happy_eyeballs(
+                        self._host, self._port, self._socket_options, self._attempt_delay
+                    ),
+                    ssl=self._ssl_context,
+                    server_hostname=None if self._ssl_context is None else self._host,
                 )
         except TimeoutError as error:
             raise httpx.ConnectTimeout("not connected in time") from error
         except OSError as error:
             raise httpx.ConnectError(str(error)) from error
-        finally:
-            self._connecting -= 1
         if self._closed:
-            connection.close(httpx.CloseError("the transport was closed"))
+            connection.close(httpx.CloseError, "the transport was closed")
         return connection
 
-    def release(self, connection: "Connection") -> None:
-        """The request is over: keep the connection if it is fit for another one, or hang up."""
-        self._places.release()
-        if not (connection.complete and connection.reusable):
-            connection.close(httpx.CloseError("hung up"))
+    def release(self, connection: "ClientConnection") -> None:
+        """End a request: keep its connection if it is fit for another one, or close it."""
+        self._slots.release()
+        if not connection.reusable():
+            connection.close(httpx.CloseError, "closed before the end of the response")
         elif connection.failure is None:
             self.idle[connection] = connection.loop.time() + self._keepalive_expiry
-            if self._sweeper is None:
-                self._sweeper = connection.loop.call_later(self._keepalive_expiry, self._sweep)
+            if self._expiry_timer is None:
+                self._expiry_timer = connection.loop.call_later(self._keepalive_expiry, self._close_expired)
 
-    def _sweep(self) -> None:
-        # One timer for all connections: it goes off for the one that has been idle longest.
-        self._sweeper = None
+    def close_idle(self) -> None:
+        """Close the connections that no request uses."""
+        for connection in list(self.idle):
+            connection.close(httpx.CloseError, "another connection to this server broke")
+
+    def _close_expired(self) -> None:
+        # One timer for all connections: it fires for the one that has been idle longest.
+        self._expiry_timer = None
         for connection, deadline in list(self.idle.items()):
             if deadline > connection.loop.time():
-                self._sweeper = connection.loop.call_at(deadline, self._sweep)
+                self._expiry_timer = connection.loop.call_at(deadline, self._close_expired)
                 break
-            connection.close(httpx.CloseError("idle for too long"))
+            connection.close(httpx.CloseError, "idle for too long")
 
 
-class Connection(asyncio.Protocol):
-    """A socket, the request that is on it and what has come of the reply. Once it has a `failure` it is closed."""
+class ClientConnection(asyncio.Protocol):
+    """A connection, the request that was sent on it last, and what has come of its response."""
 
-    def __init__(self, pool: Transport, origin: Origin) -> None:
+    def __init__(self, pool: Transport) -> None:
         self.pool = pool
-        self.origin = origin
         self.pieces: list[bytes] = []  # of the body, parsed but not taken
         self.on_body = self.pieces.append
         self.parser = HttpResponseParser(self)
         self.feed = self.parser.feed_data
         self.waiter: asyncio.Future[None] | None = None
-        self.failure: httpx.TransportError | None = None
-        self.reading_paused = self.writing_paused = self.no_body = False
-        self.begin()
+        # Why the connection is closed, once it is. Not an exception: its traceback would hold frames that hold this
+        # connection and the request, and such a cycle is freed only by the garbage collector's rarest run.
+        self.failure: tuple[type[httpx.TransportError], str] | None = None
+        self.reading_paused = False
+        self.reset()
 
-    def begin(self) -> None:
-        """Forget the last reply: the next one may come."""
+    def reset(self) -> None:
+        """Forget the last response, so that the next one may come."""
         self.pieces.clear()
         self.headers: list[tuple[bytes, bytes]] = []
         self.status = 0  # until the head is here
-        self.complete = self.reusable = self.endless = False
+        self.complete = False  # the whole response is here
+        self.keep_alive = False  # the server allows another request after it
+        self.ends_with_connection = False  # the body has neither a length nor chunks
         self.unread = 0  # bytes from the socket since the reader last took what was here
 
-    async def exchange(self, request: httpx.Request, timeouts: Timeouts) -> None:
-        """Send the request and wait for the head of its reply. If that fails, the connection is closed."""
-        self.no_body = request.method == "HEAD"
-        try:
-            await self._send(request, timeouts.get("write"))
-            while not self.status:
-                if self.failure is not None:
-                    raise self.failure
-                await self.news(timeouts.get("read"), httpx.ReadTimeout)
-        except BaseException:
-            self.close(httpx.CloseError("given up"))
-            raise
-
-    async def _send(self, request: httpx.Request, seconds: float | None) -> None:
+    def send(self, request: httpx.Request) -> None:
+        """Write the request. What the socket does not take now, the event loop writes later."""
         fields = request.headers.raw
         head = b"%b %b HTTP/1.1\r\n%b\r\n" % (
             request.method.encode("ascii"),
@@ -184,67 +196,50 @@ class Connection(asyncio.Protocol):
             b"".join([b"%b: %b\r\n" % field for field in fields]),
         )
         if not head.count(b"\r") == head.count(b"\n") == len(fields) + 2 or b"\0" in head:
-            raise httpx.LocalProtocolError("a line break or NUL in a header")
-        stream = request.stream
-        if isinstance(stream, httpx.ByteStream):
-            await self._write(head + b"".join(stream), seconds)
+            self.close(httpx.LocalProtocolError, "a line break or NUL in a header")
             return
-        chunked = request.headers.get("transfer-encoding") == "chunked"
-        wanted = await self._write(head, seconds)
-        async for piece in cast(httpx.AsyncByteStream, stream):
-            if not wanted:
-                return
-            if piece:
-                wanted = await self._write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece, seconds)
-        if chunked:
-            await self._write(b"0\r\n\r\n", seconds)
+        body = b"".join(cast(httpx.ByteStream, request.stream))
+        if len(body) <= MAX_COPIED:
+            self.transport.write(head + body)
+        else:
+            self.transport.write(head)
+            self.transport.write(body)
 
-    async def _write(self, data: bytes, seconds: float | None) -> bool:
-        """Hand `data` to the socket. False if the peer hung up or refused the request before it was all sent."""
-        while self.failure is None and self.status < 400 and not self.transport.is_closing():
-            if data:
-                self.transport.write(data)
-                data = b""
-            if not self.writing_paused:
-                return True
-            self.hold()
-            await self.news(seconds, httpx.WriteTimeout)
-        self.reusable = False
-        return False
-
-    async def news(self, seconds: float | None, too_late: type[httpx.TimeoutException]) -> None:
-        """Wait until something has happened that somebody may wait for."""
+    async def wait_for_activity(self) -> None:
+        """Wait for a piece of the body, the head, the end of the response, or that of the connection."""
         self.waiter = self.loop.create_future()
-        if seconds is None:
-            await self.waiter
-            return
-        try:
-            async with asyncio.timeout(seconds):
-                await self.waiter
-        except TimeoutError:
-            raise too_late(f"nothing for {seconds} s") from None
+        await self.waiter
 
-    def wake(self) -> None:
+    def notify(self) -> None:
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)
 
-    def close(self, why: httpx.TransportError) -> None:
-        """Close the socket at once. Later calls change nothing."""
+    def close(self, kind: type[httpx.TransportError], message: str) -> None:
+        """Close the socket at once. Only the first call counts, and says what `error` is."""
         if self.failure is None:
-            self.failure = why
+            self.failure = kind, message
             self.pool.open.discard(self)
             self.pool.idle.pop(self, None)
             self.transport.abort()
-            self.wake()
+            self.notify()
 
-    def hold(self) -> None:
-        """Read no further if enough is here that nobody has taken."""
+    def error(self) -> httpx.TransportError:
+        """Why the connection is closed: a new exception each time."""
+        assert self.failure is not None
+        kind, message = self.failure
+        return kind(message)
+
+    def reusable(self) -> bool:
+        """Whether another request may be sent: the response is complete, and so is what we had to send."""
+        return self.complete and self.keep_alive and not self.transport.get_write_buffer_size()
+
+    def pause_reading_if_full(self) -> None:
         if self.unread > MAX_UNREAD and not self.complete:
             self.reading_paused = True
             self.transport.pause_reading()
 
-    def take(self) -> bytes:
-        """All of the body that is here, and read on."""
+    def read_buffered(self) -> bytes:
+        """All of the body that is here. Reading goes on if it was paused."""
         piece = b"".join(self.pieces)
         self.pieces.clear()
         self.unread = 0
@@ -265,36 +260,34 @@ class Connection(asyncio.Protocol):
         try:
             self.feed(data)
         except HttpParserError as error:
-            self.close(httpx.RemoteProtocolError(str(error.__context__ or error)))
+            self.close(httpx.RemoteProtocolError, str(error.__context__ or error))
         if self.pieces:
             waiter = self.waiter
             if waiter is not None and not waiter.done():
                 waiter.set_result(None)
             else:
-                self.hold()
+                self.pause_reading_if_full()
         elif self.unread > MAX_UNREAD:
-            self.close(httpx.RemoteProtocolError(f"more than {MAX_UNREAD} bytes around the body"))
+            self.close(httpx.RemoteProtocolError, f"more than {MAX_UNREAD} bytes around the body")
 
     def eof_received(self) -> None:
-        self.complete = self.complete or self.endless
-        self.close(httpx.RemoteProtocolError("the server hung up before the end of its reply"))
+        self.complete = self.complete or self.ends_with_connection
+        self.close(httpx.RemoteProtocolError, "the server closed the connection before the end of its response")
 
     def connection_lost(self, error: Exception | None) -> None:
-        self.close(httpx.ReadError(str(error)) if error else httpx.RemoteProtocolError("the connection was lost"))
-        del self.parser, self.feed  # they hold us, and we hold them
-
-    def pause_writing(self) -> None:
-        self.writing_paused = True
-
-    def resume_writing(self) -> None:
-        self.writing_paused = False
-        self.wake()
+        if error is None:
+            self.close(httpx.RemoteProtocolError, "the connection was lost")
+        else:
+            self.close(httpx.ReadError, str(error))
+        if isinstance(error, TimeoutError):
+            self.pool.close_idle()  # what we sent was not acknowledged; the other connections take the same way
+        del self.parser, self.feed  # they hold this connection, and it holds them
 
     # What the parser calls, besides `on_body`.
 
     def on_message_begin(self) -> None:
         if self.complete:
-            raise HttpParserError("bytes after the reply")
+            raise HttpParserError("bytes after the response")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self.status:  # trailers come after it
@@ -307,29 +300,25 @@ class Connection(asyncio.Protocol):
         if status < 200:
             self.headers.clear()
             return
-        self.endless = not any(name.lower() in DELIMITERS for name, _ in self.headers)
+        self.ends_with_connection = not any(name.lower() in DELIMITERS for name, _ in self.headers)
         codings = [value.lower() for name, value in self.headers if name.lower() == b"transfer-encoding"]
         if codings not in ([], [b"chunked"]):
             raise HttpParserError("a transfer coding that is not chunked")
         self.status = status
-        self.reusable = self.parser.should_keep_alive()
-        self.wake()
-        if self.no_body:
-            self.complete = True
-            raise HttpParserError("the parser cannot be told that no body follows")
+        self.keep_alive = self.parser.should_keep_alive()
+        self.notify()
 
     def on_message_complete(self) -> None:
         if self.status:
             self.complete = True
-            self.wake()
+            self.notify()
 
 
 class Body(httpx.AsyncByteStream):
-    """The body of a reply, in the pieces it came in. For one reader at a time; `aclose` never waits."""
+    """The body of a response, in the pieces it came in. For one reader at a time; `aclose` never waits."""
 
-    def __init__(self, connection: Connection, seconds: float | None) -> None:
-        self._connection: Connection | None = connection
-        self._seconds = seconds
+    def __init__(self, connection: ClientConnection) -> None:
+        self._connection: ClientConnection | None = connection
         self._complete = False
 
     def __aiter__(self) -> Self:
@@ -341,18 +330,18 @@ class Body(httpx.AsyncByteStream):
             if connection is None:
                 raise StopAsyncIteration if self._complete else httpx.StreamClosed
             if connection.pieces:
-                return connection.take()
+                return connection.read_buffered()
             if connection.complete:
                 self._complete = True
                 self._release()
             elif connection.failure is not None:
                 self._release()
-                raise connection.failure
+                raise connection.error()
             else:
-                await connection.news(self._seconds, httpx.ReadTimeout)
+                await connection.wait_for_activity()
 
     async def aclose(self) -> None:
-        """Hang up, unless the whole body has come."""
+        """Close the connection, unless the whole body has come."""
         self._release()
 
     def _release(self) -> None:
@@ -361,41 +350,79 @@ class Body(httpx.AsyncByteStream):
             connection.pool.release(connection)
 
 
-async def reach(host: str, port: int) -> socket.socket:
-    """A connection to whichever of the host's addresses answers first: a silent one does not hold up the others.
+def _origin(url: httpx.URL) -> tuple[str, bytes, int | None]:
+    return url.scheme, url.raw_host, url.port
 
-    Raises OSError: the last attempt's, or that of the look-up.
+
+def socket_options(seconds: float) -> list[SocketOption]:
+    """Options for a TCP socket that fails with ETIMEDOUT when nothing it sent was acknowledged for so long.
+
+    An idle connection is probed, so that its loss is found as well, after a third of that time and then each third of
+    it, in whole seconds and at least 1. Where the system lacks one of the options it is left out.
+    """
+    interval = min(max(1, round(seconds / 3)), 32_767)  # the most that Linux takes
+    options = {
+        "TCP_USER_TIMEOUT": min(max(1, round(seconds * 1000)), 2**31 - 1),  # milliseconds; Linux
+        "TCP_KEEPIDLE": interval,  # Linux, Windows
+        "TCP_KEEPALIVE": interval,  # the same on macOS
+        "TCP_KEEPINTVL": interval,
+        "TCP_KEEPCNT": 2,  # without TCP_USER_TIMEOUT, which replaces it
+    }
+    return [
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        *((socket.IPPROTO_TCP, getattr(socket, name), n) for name, n in options.items() if hasattr(socket, name)),
+    ]
+
+
+async def connect_happy_eyeballs(
+    host: str, port: int, options: Sequence[SocketOption], attempt_delay: float
+) -> socket.socket:
+    """A connection to whichever of the host's addresses answers first, after RFC 8305.
+
+    The next address is tried when one fails, or beside it after `attempt_delay` seconds.
+    Raises OSError: the last attempt's, or that of the name look-up.
     """
     loop = asyncio.get_running_loop()
     addresses = deque(await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-    attempts: set[asyncio.Task[socket.socket]] = set()
+    attempts: set[asyncio.Task[socket.socket | OSError]] = set()
     try:
         while True:
             if addresses:
-                attempts.add(loop.create_task(_attempt(*addresses.popleft())))
-            head_start = NEXT_ADDRESS if addresses else None
-            done, _ = await asyncio.wait(attempts, timeout=head_start, return_when=asyncio.FIRST_COMPLETED)
+                attempts.add(loop.create_task(_attempt(options, *addresses.popleft())))
+            timeout = attempt_delay if addresses else None
+            done, _ = await asyncio.wait(attempts, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             for attempt in done:
                 attempts.remove(attempt)
-                if attempt.exception() is None or not (attempts or addresses):
-                    return attempt.result()
+                result = attempt.result()
+                if not isinstance(result, OSError):
+                    return result
+                if not (attempts or addresses):
+                    # A new exception, since this frame holds the other one. The number decides on the class.
+                    raise OSError(*result.args)
     finally:
         for attempt in attempts:
             attempt.cancel()
             attempt.add_done_callback(_close_late)
 
 
-async def _attempt(family: int, kind: int, protocol: int, _name: str, address: Any) -> socket.socket:
-    reached = socket.socket(family, kind, protocol)
+async def _attempt(
+    options: Sequence[SocketOption], family: int, kind: int, protocol: int, _name: str, address: Any
+) -> socket.socket | OSError:
+    sock = socket.socket(family, kind, protocol)
     try:
-        reached.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(reached, address)
+        sock.setblocking(False)
+        for option in options:
+            sock.setsockopt(*option)
+        await asyncio.get_running_loop().sock_connect(sock, address)
+    except OSError as error:
+        sock.close()
+        return error
     except BaseException:
-        reached.close()
+        sock.close()
         raise
-    return reached
+    return sock
 
 
-def _close_late(attempt: "asyncio.Task[socket.socket]") -> None:
-    if not attempt.cancelled() and attempt.exception() is None:
-        attempt.result().close()
+def _close_late(attempt: "asyncio.Task[socket.socket | OSError]") -> None:
+    if not attempt.cancelled() and isinstance(sock := attempt.result(), socket.socket):
+        sock.close()
