@@ -1,17 +1,17 @@
 """A mapping of strings becomes one frozen Settings, or the list of all that is wrong with it.
 
-Knows the variables' names, defaults and rules (contract G). Does not know where they come from.
+Knows the variables' names and defaults. Does not know where they come from.
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from ipaddress import ip_network
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, get_args
-from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 from msgspec import Meta, Struct
+
+from chatproxy import proxies, values
 
 
 class Invalid(ValueError):
@@ -29,6 +29,7 @@ class Secret(str):
 
 # A year bounds what timers take; nobody waits that long.
 Seconds = Annotated[float, Meta(gt=0, le=31_536_000)]
+SecondsOrNone = Annotated[float, Meta(ge=0, le=31_536_000)]
 Count = Annotated[int, Meta(ge=1)]
 
 
@@ -40,8 +41,10 @@ class Settings(Struct, frozen=True, kw_only=True):
     grok_base_url: str = "https://api.x.ai/v1"
     grok_reasoning_effort: str | None = None
     grok_retries: Annotated[int, Meta(ge=0)] = 2
-    grok_transport: Literal["auto", "own", "httpx"] = "auto"
+    grok_transport: Literal["fast", "httpx"] = "fast"
     system_prompt: Secret | None = None
+    ssl_cert_file: str | None = None
+    ssl_cert_dir: str | None = None
 
     host: str = "0.0.0.0"  # noqa: S104 -- a container publishes what it wants published
     port: Annotated[int, Meta(ge=0, le=65535)] = 8000
@@ -68,7 +71,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     write_timeout: Seconds = 60
     status_hold: Seconds = 10
     keep_alive: Seconds = 15
-    drain_timeout: Annotated[float, Meta(ge=0, le=31_536_000)] = 8
+    drain_timeout: SecondsOrNone = 8
 
     resume_window: Seconds = 15
     replay_ttl: Seconds = 60
@@ -76,6 +79,10 @@ class Settings(Struct, frozen=True, kw_only=True):
     replay_total_bytes: Count = 64_000_000
 
     try_page: bool = True
+
+    # Not variables of their own, but made of several.
+    proxy: Secret | None = None  # the URL of the proxy that leads to `grok_base_url`; it may hold a password
+    warnings: tuple[str, ...] = ()  # what is allowed, but may not be meant
 
 
 class RateLimit(Struct, frozen=True):
@@ -85,170 +92,149 @@ class RateLimit(Struct, frozen=True):
     seconds: int
 
 
+# Made from other variables than the one that would have its name.
+DERIVED = ("proxy", "warnings")
+
 # Their values are never shown. (People write passwords into addresses.)
 UNSHOWN = {"GROK_API_KEY", "XAI_API_KEY", "GROK_BASE_URL", "ACCESS_TOKENS", "SYSTEM_PROMPT"}
 
 # Read besides the variables that are named after an attribute.
 ALIASES = ("XAI_API_KEY", "GROK_API_KEY_FILE")
 
+# The built-in demo is on this machine, and needs neither certificates nor a proxy.
+FOR_GROK_ONLY = ("SSL_CERT_FILE", "SSL_CERT_DIR")
+
+# What Kubernetes sets for a service named `grok`, and another company's key.
+OTHERS = re.compile(r"GROK_(SERVICE_(HOST|PORT)|PORT)(_\w+)?|GROQ_API_KEY")
+
 
 def variables() -> list[str]:
-    """The names of all variables that are read."""
-    return [field.upper() for field in Settings.__struct_fields__] + list(ALIASES)
+    """The names of all variables that are read, without those of proxies."""
+    return [field.upper() for field in Settings.__struct_fields__ if field not in DERIVED] + list(ALIASES)
 
 
-def load(environ: Mapping[str, str]) -> Settings:
-    """Settings from variables; an empty one counts as unset. Raises Invalid with every problem found."""
+def load(environ: Mapping[str, str], problems: Iterable[str] = ()) -> Settings:
+    """Settings from variables; an empty one counts as unset.
+
+    Raises Invalid with every problem found, after those that reading the variables has had.
+    """
     given = {name: environ[name].strip() for name in variables() if environ.get(name, "").strip()}
-    problems: list[str] = []
-    values: dict[str, Any] = {}
-    try:
-        if key := _api_key(given):
-            values["grok_api_key"] = key
-    except ValueError as error:
-        problems.append(str(error))
+    keys, found = _keys(given)
+    found = [*problems, *found]
+    read: dict[str, Any] = {"grok_api_key": Secret(keys.pop())} if keys else {}
+    demo = not any(name in given for name in ("GROK_API_KEY", *ALIASES))
     for field in msgspec.structs.fields(Settings):
         variable = field.name.upper()
-        if variable not in given or field.name == "grok_api_key":
+        if variable not in given or field.name in ("grok_api_key", *DERIVED) or (demo and variable in FOR_GROK_ONLY):
             continue
         try:
-            given[variable].encode()  # what is no UTF-8 can't be sent either
-            read = _READERS.get(field.name)
-            value = read(given[variable]) if read else given[variable]
-            values[field.name] = msgspec.convert(value, field.type, strict=False, dec_hook=_secret)
+            read[field.name] = _value(field, given[variable])
         except ValueError as error:
             shown = "" if variable in UNSHOWN else f", not {given[variable][:80]!r}"
-            problems.append(f"{variable}: {_rule(field.type, error)}{shown}")
-    if problems:
-        raise Invalid("\n".join(problems))
-    return Settings(**values)
+            found.append(f"{variable}: {_rule(field.type, error)}{shown}")
+    if not demo:
+        found += _way_out(read, environ)
+    if found:
+        raise Invalid("\n".join(found))
+    return Settings(**read, warnings=(*_warnings(Settings(**read)), *_unknown(environ)))
 
 
-def _rule(type_: Any, error: ValueError) -> str:
-    if isinstance(error, UnicodeEncodeError):
-        return "expected text in UTF-8"
-    if choices := [choice for choice in get_args(type_) if isinstance(choice, str)]:
-        return f"expected {' or '.join(choices)}"
-    rule = str(error).partition(", got ")[0].replace("`", "")
-    return rule[:1].lower() + rule[1:]
-
-
-def _api_key(given: Mapping[str, str]) -> Secret | None:
-    names = [name for name in ("GROK_API_KEY", "XAI_API_KEY") if name in given]
-    keys = {given[name] for name in names}
-    if path := given.get("GROK_API_KEY_FILE"):
-        names.append("GROK_API_KEY_FILE")
+def _keys(given: Mapping[str, str]) -> tuple[set[str], list[str]]:
+    """The one key that is given, if any, and what is wrong with what was given."""
+    names = [name for name in ("GROK_API_KEY", *ALIASES) if name in given]
+    keys: set[str] = set()
+    problems: list[str] = []
+    for name in names:
         try:
-            keys |= {Path(path).read_text().strip()} - {""}
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"GROK_API_KEY_FILE: cannot be read ({type(error).__name__})") from None
+            keys.add(values.api_key_file(given[name]) if name.endswith("_FILE") else values.api_key(given[name]))
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
     if len(keys) > 1:
-        raise ValueError(f"{' and '.join(names)}: expected one key, but they differ")
-    for key in keys:
-        # It becomes a header's value; RFC 6750 allows less, but nothing outside of this.
-        if not re.fullmatch(r"[\x21-\x7e]+", key):
-            raise ValueError(f"{names[0]}: expected visible ASCII characters without spaces")
-        return Secret(key)
-    return None
+        problems.append(f"{' and '.join(names)}: expected one key, but they differ")
+    return keys, problems
+
+
+def _value(field: msgspec.structs.FieldInfo, text: str) -> Any:
+    text.encode()  # what is no UTF-8 can't be sent either
+    if text[0] in values.QUOTES and field.name != "system_prompt":
+        raise ValueError("is in quotes; leave them out")
+    parse = _PARSERS.get(field.name, values.number if field.type in (Seconds, SecondsOrNone) else str)
+    return msgspec.convert(parse(text), field.type, strict=False, dec_hook=_secret)
 
 
 def _secret(_: type, value: str) -> Secret:
     return Secret(value)  # the one type of ours that msgspec asks about
 
 
-# As it is sent: neither a pattern, nor what browsers encode. Or an IPv6 address.
-_HOSTNAME = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*|[0-9a-f:.]+")
+def _rule(type_: Any, error: ValueError) -> str:
+    if isinstance(error, UnicodeEncodeError):
+        return "expected text in UTF-8"
+    choices = [choice for choice in get_args(type_) if isinstance(choice, str)]
+    if choices and isinstance(error, msgspec.ValidationError):
+        return f"expected {' or '.join(choices)}"
+    rule = str(error).partition(", got ")[0].replace("`", "")
+    return rule[:1].lower() + rule[1:]
 
 
-def _is_plain(url: SplitResult) -> bool:
-    """Whether it is the address of a web server, or of a path there, and nothing more."""
-    host = _HOSTNAME.fullmatch(url.hostname or "")
-    return bool(url.scheme in ("http", "https") and host) and not (
-        url.query or url.fragment or url.username is not None
-    )
+def _way_out(read: dict[str, Any], environ: Mapping[str, str]) -> list[str]:
+    """Find the proxy on the way to Grok, and what is wrong on that way."""
+    problems: list[str] = []
+    if proxy := proxies.find(read.get("grok_base_url", Settings().grok_base_url), environ):
+        name, value = proxy
+        try:
+            read["proxy"] = Secret(proxies.parse(value))
+        except ValueError:
+            problems.append(f"{name}: {proxies.EXPECTED}")
+    if path := environ.get("SSLKEYLOGFILE"):
+        try:
+            values.writable(path)
+        except ValueError as error:
+            problems.append(f"SSLKEYLOGFILE: {error}")
+    return problems
 
 
-def _list(value: str) -> list[str]:
-    return [item.strip() for item in value.split(",") if item.strip()]
+def _warnings(settings: Settings) -> list[str]:
+    """What is allowed, but may not be meant."""
+    warnings = []
+    if settings.grok_api_key is not None and values.leaves_in_clear(settings.grok_base_url):
+        warnings.append("GROK_BASE_URL is http:// to another machine: the API key can be read on the way")
+    if "*" in settings.allowed_origins:
+        warnings.append("ALLOWED_ORIGINS is *: any web page may spend this key's credits")
+    return warnings
 
 
-def _base_url(value: str) -> str:
-    if not (_is_plain(urlsplit(value)) and re.fullmatch(r"[\x21-\x7e]+", value)):
-        raise ValueError("expected an http or https address such as https://api.x.ai/v1")
-    origin(value)  # its port is one
-    return value.rstrip("/")
+def _unknown(environ: Mapping[str, str]) -> list[str]:
+    """Names that are probably misspelt: those that begin with GROK_, and those that are almost one that is read."""
+    known = [*variables(), *proxies.VARIABLES]
+    warnings = []
+    for name in sorted(environ):
+        spelt = name.upper()
+        if name in known or name.lower() in map(str.lower, proxies.VARIABLES) or OTHERS.fullmatch(name):
+            continue
+        # Short names (HOST, PORT) are almost like those of many other programs.
+        likely = next((word for word in get_close_matches(spelt, known, 1, 0.88) if len(word) >= 8), None)
+        if likely and not environ.get(likely, "").strip():
+            warnings.append(f"{name} is not a setting and counts for nothing: is {likely} meant?")
+        elif name.startswith("GROK_"):
+            warnings.append(f"{name} is not a setting and counts for nothing")
+    return warnings
 
 
-def _origins(value: str) -> Iterator[str]:
-    for item in _list(value):
-        url = urlsplit(item)
-        if item == "*":
-            yield item
-        elif not _is_plain(url) or url.path not in ("", "/"):
-            raise ValueError("expected origins such as https://example.com, separated by commas")
-        else:
-            yield origin(item)
-
-
-def origin(url: str) -> str:
-    """An address as a browser writes its origin: lower case, without the default port. Raises ValueError."""
-    parts = urlsplit(url.lower())
-    default = {"http": 80, "https": 443}.get(parts.scheme)
-    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-    port = "" if parts.port in (None, default) else f":{parts.port}"
-    return f"{parts.scheme}://{host}{port}"
-
-
-def _hosts(value: str) -> Iterator[str]:
-    for item in _list(value):
-        if not re.fullmatch(r"\*|\.?[a-z0-9_-]+(\.[a-z0-9_-]+)*", item.lower()):
-            raise ValueError("expected host names without port, such as chat.example.com or .example.com, or *")
-        yield item.lower()
-
-
-def _rate_limit(value: str) -> RateLimit:
-    match = re.fullmatch(r"([1-9]\d{0,8})/(second|minute|hour|day)", value)
-    if not match:
-        raise ValueError("expected a number per second, minute, hour or day, such as 20/minute")
-    return RateLimit(int(match[1]), {"second": 1, "minute": 60, "hour": 3600, "day": 86400}[match[2]])
-
-
-def _root_path(value: str) -> str:
-    if not re.fullmatch(r"(/[A-Za-z0-9._~-]+)*/?", value):
-        raise ValueError("expected a path such as /grok")
-    return value.rstrip("/")
-
-
-def _tokens(value: str) -> list[str]:
-    tokens = _list(value)
-    # None at all would let everybody in.
-    if not tokens or any(not re.fullmatch(r"[A-Za-z0-9._~+/-]{16,}=*", token) for token in tokens):
-        raise ValueError("expected tokens of 16 or more letters, digits and ._~+/- separated by commas")
-    return tokens
-
-
-def _addresses(value: str) -> str:
-    if value == "*":
-        return value
-    addresses = _list(value)
-    try:
-        for address in addresses:
-            ip_network(address)
-    except ValueError:
-        raise ValueError("expected IP addresses or networks such as 10.0.0.0/8, separated by commas, or *") from None
-    return ",".join(addresses)
-
-
-_READERS: dict[str, Any] = {
-    "grok_base_url": _base_url,
-    "allowed_origins": lambda value: list(_origins(value)),
-    "allowed_hosts": lambda value: list(_hosts(value)),
-    "access_tokens": _tokens,
-    "rate_limit": _rate_limit,
-    "root_path": _root_path,
-    "forwarded_allow_ips": _addresses,
+_PARSERS: dict[str, Any] = {
+    "grok_model": values.model,
+    "grok_base_url": values.base_url,
+    "grok_reasoning_effort": values.model,
+    "grok_transport": str.lower,
+    "ssl_cert_file": values.certificates,
+    "ssl_cert_dir": values.certificate_directories,
+    "host": values.host,
+    "root_path": values.root_path,
+    "forwarded_allow_ips": values.addresses,
+    "allowed_origins": lambda value: list(values.origins(value)),
+    "allowed_hosts": lambda value: list(values.hosts(value)),
+    "access_tokens": values.tokens,
+    "rate_limit": values.rate_limit,
     "log_level": str.lower,
     "log_format": str.lower,
-    "grok_transport": str.lower,
     "try_page": str.lower,
 }

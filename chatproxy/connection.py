@@ -60,6 +60,8 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in uvicorn
         super().connection_made(transport)
+        if self.client is not None:  # on HOST=:: an IPv4 caller has an address that IPv4 rules do not know
+            self.client = self.client[0].removeprefix("::ffff:"), self.client[1]
         self._await_head()
 
     def data_received(self, data: bytes) -> None:

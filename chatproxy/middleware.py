@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chatproxy import logs
-from chatproxy.config import Settings, origin
+from chatproxy.config import Settings
 from chatproxy.errors import (
     CallerLeft,
     ChatError,
@@ -30,6 +30,7 @@ from chatproxy.errors import (
 )
 from chatproxy.metrics import Metrics
 from chatproxy.responses import ErrorResponse, Exchange
+from chatproxy.values import origin
 
 log = logging.getLogger(__name__)
 

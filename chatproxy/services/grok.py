@@ -16,7 +16,6 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from types import TracebackType
 from typing import NoReturn, Self, cast
-from urllib.request import getproxies, proxy_bypass
 
 import httpx
 
@@ -52,6 +51,7 @@ from chatproxy.schemas import (
     decode_refusal,
     encode,
 )
+from chatproxy.services.network import ProxyTransport, cause, ssl_context
 from chatproxy.services.transport import Transport
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class Grok:
         self.rate_limited_until = 0.0  # on the loop's clock
         self._completions_url = httpx.URL(f"{base_url}/chat/completions")
         self._key_url = httpx.URL(f"{base_url}/api-key")
-        self._transport = _transport(settings, self._key_url)
+        self._transport = _transport(settings)
         self._headers = httpx.Headers(
             {
                 "Host": self._key_url.netloc.decode(),
@@ -341,8 +341,8 @@ class Completion(Interruptible):
             self._first = await self._read()
         except httpx.ConnectTimeout:
             raise _Retryable(grok.failed(ConnectTimeout(), "no connection in time")) from None
-        except httpx.ConnectError as error:
-            raise _Retryable(grok.failed(UpstreamUnreachable(), _root_cause(error))) from None
+        except (httpx.ConnectError, httpx.ProxyError) as error:
+            raise _Retryable(grok.failed(UpstreamUnreachable(), cause(error))) from None
         except httpx.TransportError as error:
             raise _Retryable(grok.failed(UpstreamFailed(), type(error).__name__)) from None
         except StopAsyncIteration:
@@ -462,12 +462,6 @@ async def _beginning(pieces: AsyncIterator[bytes]) -> bytes:
     return body
 
 
-def _root_cause(error: BaseException) -> str:
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__  # type: ignore[assignment] # one of them is set
-    return type(error).__name__
-
-
 def _read_refusal(body: bytes) -> tuple[str | int | None, str]:
     """xAI's code and message, from any of its envelopes; of anything else (HTML) neither."""
     try:
@@ -503,12 +497,13 @@ def _classify(status: int, text: str) -> ChatError:
     return UpstreamFailed()
 
 
-def _transport(settings: Settings, url: httpx.URL) -> httpx.AsyncBaseTransport:
+def _transport(settings: Settings) -> httpx.AsyncBaseTransport:
     places = settings.max_streams + 1  # and one for the key check
-    # The built-in demo is on this machine.
-    proxy = None if settings.grok_api_key is None or proxy_bypass(url.host) else getproxies().get(url.scheme)
-    if settings.grok_transport == "httpx" or (settings.grok_transport == "auto" and proxy):
+    context = ssl_context(settings)
+    if settings.proxy is not None:
+        return ProxyTransport(settings.proxy, context, KEEP_CONNECTION)
+    if settings.grok_transport == "httpx":
         # httpx's own limits are 100 connections, and 5 s for idle ones.
         limits = httpx.Limits(max_connections=places, keepalive_expiry=KEEP_CONNECTION)
-        return httpx.AsyncHTTPTransport(limits=limits, proxy=proxy)
-    return Transport(ssl_context=httpx.create_ssl_context(), max_connections=places, keepalive_expiry=KEEP_CONNECTION)
+        return httpx.AsyncHTTPTransport(verify=context, limits=limits)
+    return Transport(ssl_context=context, max_connections=places, keepalive_expiry=KEEP_CONNECTION)

@@ -12,11 +12,11 @@ PACKAGE = ROOT / "chatproxy"
 
 # From top to bottom: each module imports only from further down, and of other packages only those named.
 LAYERS = {
-    "__main__": "server config logs | dotenv uvicorn",
+    "__main__": "server config envfile logs proxies | uvicorn",
     "server": "app connection config errors | uvicorn",
     "app": "middleware routes limits config metrics services.demo services.grok services.streams | starlette",
     "connection": "middleware errors schemas | uvicorn",
-    "middleware": "responses config errors logs metrics | starlette",
+    "middleware": "responses config errors logs metrics values | starlette",
     "routes": (
         "responses openapi limits config errors metrics schemas "
         "services.grok services.relay services.streams | starlette"
@@ -24,7 +24,8 @@ LAYERS = {
     "responses": "config errors interrupt metrics schemas services.relay sse | starlette",
     "openapi": "__init__ errors schemas | msgspec",
     "limits": "config errors |",
-    "services.grok": "services.transport config errors interrupt metrics schemas sse | httpx",
+    "services.grok": "services.network services.transport config errors interrupt metrics schemas sse | httpx",
+    "services.network": "config | httpx socksio",
     "services.transport": "| httpx httptools",
     "services.streams": "services.relay errors metrics sse |",
     "services.relay": "errors metrics schemas sse | msgspec",
@@ -32,7 +33,10 @@ LAYERS = {
     "services.__init__": "|",
     "interrupt": "|",
     "schemas": "errors | msgspec",
-    "config": "| msgspec",
+    "config": "proxies values | msgspec",
+    "values": "proxies |",
+    "proxies": "|",
+    "envfile": "| dotenv",
     "metrics": "| prometheus_client",
     "logs": "|",
     "sse": "|",
