@@ -15,8 +15,8 @@ help:  ## Show this list
 
 install: $(VENV)/.run  ## Make .venv with the locked requirements of the service
 
-run: $(VENV)/.run  ## Serve on port 8000 and reload on change; without a key, Grok is a built-in demo
-	$(BIN)/python -m chatproxy --reload
+run: $(VENV)/.run  ## Serve on port 8000 of this machine and reload on change; without a key, Grok is a built-in demo
+	$(BIN)/python -m chatproxy --reload --local
 
 check: $(VENV)/.dev  ## Format, lint and types; Dockerfile and compose file where their tools are installed
 	$(BIN)/ruff format --check && $(BIN)/ruff check && $(BIN)/mypy

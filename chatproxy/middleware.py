@@ -16,7 +16,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chatproxy import logs
-from chatproxy.config import Settings, origin
+from chatproxy.config import Settings
+from chatproxy.config.values import origin
 from chatproxy.errors import (
     ChatError,
     HeadersTooLarge,

@@ -13,6 +13,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from ipaddress import ip_address
 
 import uvicorn
 
@@ -35,9 +36,14 @@ FINAL_WRITE_TIMEOUT = 1.0
 
 
 def listen(settings: Settings) -> socket.socket:
-    """The listening socket; the connections it accepts inherit its options. Raises OSError."""
+    """The listening socket; the connections it accepts inherit its options. Raises OSError.
+
+    `::` means all addresses, those of IPv4 too, whatever the system's default is.
+    """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    sock = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    both = family == socket.AF_INET6 and ip_address(settings.host).is_unspecified and socket.has_dualstack_ipv6()
+    address = (settings.host, settings.port)
+    sock = socket.create_server(address, family=family, backlog=2048, dualstack_ipv6=both)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     # asyncio forgets this for such a socket (uvloop does not), and tokens would wait for acknowledgements.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -48,6 +54,12 @@ def listen(settings: Settings) -> socket.socket:
         milliseconds = min(math.ceil(settings.write_timeout * 1000), 2**31 - 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
     return sock
+
+
+def _browsable(host: str) -> str:
+    """What a browser on this machine may call this address, as it is written in a URL."""
+    ip = ip_address(host.strip("[]"))
+    return "localhost" if ip.is_unspecified or ip.is_loopback else host
 
 
 class Server(uvicorn.Server):
@@ -130,10 +142,12 @@ async def serve(settings: Settings, sock: socket.socket, *, reloading: bool = Fa
         # What is here now stays: no need to look through it again with each collection of garbage.
         gc.collect()
         gc.freeze()
-        log.info("listening on http://%s:%d", settings.host, port)
+        host = sock.getsockname()[0]
+        host = f"[{host}]" if ":" in host else host
+        log.info("listening on %s:%d: open http://%s:%d", host, port, _browsable(host), port)
         if settings.grok_api_key is None:
             log.warning("GROK_API_KEY is not set: answers come from the built-in demo, not from Grok")
-        if "*" in settings.allowed_origins:
-            log.warning("ALLOWED_ORIGINS is *: any web page may spend this key's credits")
+        for warning in settings.warnings:
+            log.warning("%s", warning)
         await stop.wait()
         log.info("draining: no new chats; running ones have %g s", settings.drain_timeout)

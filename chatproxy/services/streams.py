@@ -240,8 +240,10 @@ class StreamRegistry:
         if created:
             try:
                 await self._store.close(stream.id, keep)
-            except Exception as error:
-                log.warning("%s: the end of a stream could not be kept", type(error).__name__)
+            except ChatError as error:
+                log.warning("%s: the end of a stream could not be kept", error.code)
+            except Exception:
+                log.exception("the end of a stream could not be kept")
 
     async def _end_with_error(self, stream: ResumableStream, error: ChatError, created: bool) -> None:
         stream.summary.close("failed", error.code)
@@ -250,8 +252,10 @@ class StreamRegistry:
                 await self._store.append(stream.id, stream.format.encode([Failed(error)]))
                 stream.written += 1
                 return
-            except Exception as failure:
-                log.warning("%s: the end of a stream could not be kept", type(failure).__name__)
+            except ChatError as failure:
+                log.warning("%s: the end of a stream could not be kept", failure.code)
+            except Exception:
+                log.exception("the end of a stream could not be kept")
         stream.error = error.with_traceback(None)
         if not stream.status_sent:
             self._release_key(stream)  # the next try with this key starts anew

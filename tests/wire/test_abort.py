@@ -23,11 +23,11 @@ from typing import Any
 import httpx
 import pytest
 import uvloop
+from chatproxy.responses import EventSourceResponse, Exchange, Watch
+from chatproxy.schemas import Chat
 
 from chatproxy import config
 from chatproxy.connection import Connection, HeadJoiner
-from chatproxy.responses import EventSourceResponse, Exchange, Watch
-from chatproxy.schemas import Chat
 from chatproxy.server import Server
 from chatproxy.services.grok import Completion
 from chatproxy.services.relay import Report

@@ -92,7 +92,7 @@ async def every_way(service: Service) -> list[httpx.Response]:
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
-@pytest.mark.parametrize("transport", ["own", "httpx"])
+@pytest.mark.parametrize("transport", ["fast", "httpx"])
 async def test_nowhere(log_format: str, transport: str) -> None:
     """Neither in logs at the level of debugging, errors, metrics, nor the list of processes; through every failure."""
     grok = Upstream(*SCRIPTS, *SCRIPTS, stream(ANSWER, HANG), key=error(400, {"error": QUOTES}))

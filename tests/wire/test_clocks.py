@@ -330,7 +330,7 @@ async def test_stream_timeout_of_a_slow_reader() -> None:
 
 async def test_half_an_error_body_is_read_for_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """The body of an error has a clock of its own; what there is of it decides, and the clocks of C4 do not strike."""
-    monkeypatch.setattr("chatproxy.services.grok.completion.ERROR_TIMEOUT", SHORT)
+    monkeypatch.setattr("chatproxy.services.grok.network.ERROR_TIMEOUT", SHORT)
     loop = asyncio.get_running_loop()
     start = head(500, {"Content-Type": "text/html", "Connection": "close"})
     endless: Iterator[Step] = chain([start], chain.from_iterable(repeat((b"x", 0.01))))

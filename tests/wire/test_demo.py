@@ -57,8 +57,6 @@ async def test_http_proxy() -> None:
         async with spawned(proxy.url, http_proxy="http://127.0.0.1:1", no_proxy="127.0.0.1") as service:
             assert answer((await service.ask()).content)
         assert proxy.calls[1].path == "/v1/chat/completions"
-        async with spawned(proxy.url, http_proxy="http://127.0.0.1:1", grok_transport="own") as service:
-            assert answer((await service.ask()).content)
 
 
 async def test_no_proxy_for_the_demo() -> None:
@@ -67,7 +65,7 @@ async def test_no_proxy_for_the_demo() -> None:
         assert answer((await service.ask()).content)
 
 
-@pytest.mark.parametrize(("transport", "status"), [("own", 502), ("httpx", 200)])
+@pytest.mark.parametrize(("transport", "status"), [("fast", 502), ("httpx", 200)])
 async def test_transport(transport: str, status: int) -> None:
     """GROK_TRANSPORT decides: a reply with a folded header is refused by our own, and read by httpx's."""
     folded = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nX: a\r\n b\r\nConnection: close\r\n\r\n"

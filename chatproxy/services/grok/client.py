@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import logging
 from typing import cast
-from urllib.request import getproxies, proxy_bypass
 
 import anyio
 import httpx
@@ -19,7 +18,8 @@ from chatproxy.errors import ChatError, UpstreamAuth
 from chatproxy.events import Chat
 from chatproxy.metrics import Metrics
 from chatproxy.services.grok import chat_completions
-from chatproxy.services.grok.completion import Completion, read_beginning
+from chatproxy.services.grok.completion import Completion
+from chatproxy.services.grok.network import ProxyTransport, cause, read_beginning, ssl_context
 from chatproxy.services.grok.transport import Transport, socket_options
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class Grok:
                 # Without JSON it is a page of Cloudflare or of a proxy, and says nothing of the key.
                 usable = not body.lstrip().startswith((b"{", b'"'))
         except (httpx.HTTPError, ValueError, RecursionError, TimeoutError) as error:
-            log.info("the API key could not be checked: %s", type(error).__name__)
+            log.info("the API key could not be checked: %s", cause(error))
         self.key_usable = usable
         return usable
 
@@ -141,16 +141,17 @@ def _transport(settings: Settings, url: httpx.URL) -> httpx.AsyncBaseTransport:
     # Seconds, long before the first-token timeout. What was sent and is not acknowledged by then went to a connection
     # that was lost without a word, as by a NAT that forgot it or a laptop that slept.
     unacknowledged_timeout = 3 * settings.connect_timeout
-    # The built-in demo is on this machine.
-    proxy = None if settings.grok_api_key is None or proxy_bypass(url.host) else getproxies().get(url.scheme)
-    if settings.grok_transport == "httpx" or (settings.grok_transport == "auto" and proxy):
+    context = ssl_context(settings)
+    options = socket_options(unacknowledged_timeout)
+    if settings.proxy is not None:
+        return ProxyTransport(settings.proxy, context, UPSTREAM_KEEPALIVE_EXPIRY, options)
+    if settings.grok_transport == "httpx":
         # httpx's own limits are 100 connections, and 5 s for idle ones.
         limits = httpx.Limits(max_connections=max_connections, keepalive_expiry=UPSTREAM_KEEPALIVE_EXPIRY)
-        options = socket_options(unacknowledged_timeout)
-        return httpx.AsyncHTTPTransport(limits=limits, proxy=proxy, socket_options=options)
+        return httpx.AsyncHTTPTransport(verify=context, limits=limits, socket_options=options)
     return Transport(
         url,
-        ssl_context=httpx.create_ssl_context(),
+        ssl_context=context,
         max_connections=max_connections,
         keepalive_expiry=UPSTREAM_KEEPALIVE_EXPIRY,
         unacknowledged_timeout=unacknowledged_timeout,

@@ -8,11 +8,10 @@ import contextlib
 import itertools
 import math
 import random
-import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn, Protocol, Self, cast
+from typing import TYPE_CHECKING, NoReturn, Self, cast
 
 import anyio
 import httpx
@@ -32,6 +31,8 @@ from chatproxy.errors import (
 )
 from chatproxy.events import Event, Finished
 from chatproxy.services.grok import failures
+from chatproxy.services.grok.network import cause, read_beginning
+from chatproxy.services.grok.protocol import Decoder
 
 if TYPE_CHECKING:
     from chatproxy.services.grok.client import Grok
@@ -39,27 +40,8 @@ if TYPE_CHECKING:
 # Seconds. Usage and `[DONE]` follow the finish reason at once; a Grok that has finished is not waited for.
 FINISH_GRACE = 1.0
 
-# Seconds. A Retry-After above the first is the client's to wait for, not ours; xAI's own client caps it at the second.
+# Seconds. A Retry-After above this is the client's to wait for, not ours.
 MAX_RETRY_WAIT = 5
-MAX_RETRY_AFTER = 120
-
-# How much of an upstream error is read (bytes), and for how long (seconds).
-MAX_ERROR_BYTES = 65_536
-ERROR_TIMEOUT = 5.0
-
-
-class Decoder(Protocol):
-    """Turns the bytes of one answer into events; see `chat_completions.Decoder`."""
-
-    progressed: bool
-    complete: bool
-    ended: bool
-    failure: tuple[ChatError, str] | None
-
-    @property
-    def finished(self) -> Finished: ...
-
-    def feed(self, piece: bytes) -> list[Event]: ...
 
 
 class Completion(CancellableWait):
@@ -249,8 +231,8 @@ class Completion(CancellableWait):
             events = await self._read()
         except httpx.ConnectTimeout:
             raise _Retryable(grok.log_failure(ConnectTimeout(), "no connection in time")) from None
-        except httpx.ConnectError as error:
-            raise _Retryable(grok.log_failure(UpstreamUnreachable(), _root_cause(error))) from None
+        except (httpx.ConnectError, httpx.ProxyError) as error:
+            raise _Retryable(grok.log_failure(UpstreamUnreachable(), cause(error))) from None
         except httpx.TransportError as error:
             raise _Retryable(grok.log_failure(UpstreamFailed(), type(error).__name__)) from None
         except StopAsyncIteration:
@@ -283,8 +265,8 @@ class Completion(CancellableWait):
         error = failures.classify(status, body)
         after: int | None = None
         if isinstance(error, UpstreamRateLimited | UpstreamOverloaded):
-            if re.fullmatch(r"\d{1,9}", asked := response.headers.get("retry-after", "")):
-                error.retry_after = after = max(1, min(int(asked), MAX_RETRY_AFTER))
+            after = failures.parse_retry_after(response.headers.get("retry-after", ""))
+            error.retry_after = after or error.retry_after
             if isinstance(error, UpstreamRateLimited) and after is not None:
                 self._grok.rate_limited_until = self._loop.time() + after
         self._grok.log_failure(error, failures.describe(status, body))
@@ -318,21 +300,3 @@ class _Retryable(Exception):
     def __init__(self, error: ChatError, after: float | None = None) -> None:
         self.error = error
         self.after = after
-
-
-async def read_beginning(body: AsyncIterator[bytes]) -> bytes:
-    """A short body: up to MAX_ERROR_BYTES, ERROR_TIMEOUT, or its breaking off."""
-    content = b""
-    with contextlib.suppress(httpx.TransportError):
-        with anyio.move_on_after(ERROR_TIMEOUT):
-            async for piece in body:
-                content += piece[:MAX_ERROR_BYTES]
-                if len(content) >= MAX_ERROR_BYTES:
-                    break
-    return content
-
-
-def _root_cause(error: BaseException) -> str:
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__  # type: ignore[assignment] # one of them is set
-    return type(error).__name__

@@ -4,6 +4,8 @@ xAI's messages quote prompts, keys, team ids and addresses. So none of their wor
 known by its status, its length, its code if that is one of a fixed list, and which of a fixed list of sentences it is.
 """
 
+import re
+
 import msgspec
 from msgspec import Struct
 
@@ -35,6 +37,9 @@ class UpstreamErrorBody(Redacted, Struct):
 
 
 _decode = msgspec.json.Decoder(UpstreamErrorBody | str).decode
+
+# Seconds: what xAI's own client waits at most.
+MAX_RETRY_AFTER = 120
 
 # The codes that xAI sends: sentences until June 2026, slugs since August 2026; and OpenAI's own for the same.
 KNOWN_CODES = {
@@ -120,6 +125,11 @@ def classify(status: int, body: bytes) -> ChatError:
     if status in (503, 529):
         return UpstreamOverloaded()
     return UpstreamFailed()
+
+
+def parse_retry_after(value: str) -> int | None:
+    """A Retry-After in whole seconds, from 1 to MAX_RETRY_AFTER; None for any other form of it."""
+    return max(1, min(int(value), MAX_RETRY_AFTER)) if re.fullmatch(r"[0-9]{1,9}", value) else None
 
 
 def describe(status: int, body: bytes) -> str:
