@@ -58,11 +58,6 @@ class RequestError(ChatError):
     type = "request_error"
 
 
-class InvalidHTTP(RequestError):
-    status, code = 400, "invalid_http"
-    message = "This is no valid HTTP/1.1 request, asks for an Upgrade with a body, or is too far ahead of its answer."
-
-
 class InvalidJSON(RequestError):
     status, code = 400, "invalid_json"
     message = "The request body is not valid JSON in UTF-8, or is nested too deeply."

@@ -25,7 +25,7 @@ _SCHEMA = dict(zip(_TYPES, _REFERENCES, strict=True))
 
 Kinds = set[type[ChatError]]
 _NO_ROUTE: Kinds = {errors.NotFound, errors.MethodNotAllowed}
-_HEALTH: Kinds = {errors.InvalidHTTP, errors.HeadersTooLarge, errors.InternalError}
+_HEALTH: Kinds = {errors.HeadersTooLarge, errors.InternalError}
 _OTHERS: Kinds = {*_HEALTH, errors.HostNotAllowed}
 _API: Kinds = {*_OTHERS, errors.OriginNotAllowed}
 _ONE: Kinds = {*_API, errors.NotFound}  # what is no id makes no path

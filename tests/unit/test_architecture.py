@@ -15,7 +15,7 @@ LAYERS = {
     "__main__": "server config logs | dotenv uvicorn",
     "server": "app connection config errors | uvicorn",
     "app": "middleware routes limits config metrics services.demo services.grok services.streams | starlette",
-    "connection": "middleware errors schemas | uvicorn",
+    "connection": "| uvicorn",
     "middleware": "responses config errors logs metrics | starlette",
     "routes": (
         "responses openapi limits config errors metrics schemas "

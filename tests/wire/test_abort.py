@@ -11,7 +11,6 @@ import logging
 import os
 import random
 import signal
-import socket
 import sys
 from asyncio import constants
 from collections import Counter
@@ -25,7 +24,7 @@ import pytest
 import uvloop
 
 from chatproxy import config
-from chatproxy.connection import Connection, HeadJoiner
+from chatproxy.connection import HTTPProtocol
 from chatproxy.responses import EventSourceResponse, Exchange, Watch
 from chatproxy.schemas import Chat
 from chatproxy.server import Server
@@ -100,7 +99,7 @@ async def storm(grok: Upstream, service: Service, streams: int, refusals: int) -
 
 
 # Of each of these there is one for a stream, a request or a connection, and none besides.
-KINDS = (Answer, Chat, Completion, Connection, Decoder, EventSourceResponse, Exchange, Report, Watch)
+KINDS = (Answer, Chat, Completion, Decoder, EventSourceResponse, Exchange, HTTPProtocol, Report, Watch)
 
 Remains = dict[str, int]
 
@@ -265,30 +264,11 @@ async def test_reset_between_two_requests(service: Service) -> None:
     async with service.caller() as caller:
         await caller.post({"messages": HI})
         await caller.until(b"\r\n0\r\n\r\n")
-        assert remains()["Connection"] == 1
+        assert remains()["Protocol"] == 1
         caller.reset()
         async with asyncio.timeout(5):
-            while {"Connection", "Exchange"} & remains().keys():  # noqa: ASYNC110
+            while {"Protocol", "Exchange"} & remains().keys():  # noqa: ASYNC110
                 await asyncio.sleep(0.01)  # what is forgotten tells nobody
-
-
-def test_head_for_nobody() -> None:
-    """A caller who is lost between the head of an answer and what follows is no error, in uvloop either."""
-    errors: list[dict[str, Any]] = []
-
-    async def lose() -> None:
-        loop = asyncio.get_running_loop()
-        loop.set_exception_handler(lambda _, error: errors.append(error))
-        ours, theirs = socket.socketpair()
-        transport, _ = await loop.create_connection(asyncio.Protocol, sock=ours)
-        transport.abort()
-        HeadJoiner(transport).write(b"HTTP/1.1 200 OK\r\n\r\n")
-        await asyncio.sleep(0.05)
-        theirs.close()
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(lose())
-    assert errors == []
 
 
 @LINUX

@@ -221,7 +221,7 @@ ELSEWHERE = {
     "upstream_cut_off", "empty_answer",  # test_chat
     "draining",  # test_shutdown
     "invalid_last_event_id", "stopped", "abandoned", "replay_lost",  # the tests of resumable answers
-    "invalid_http", "headers_too_large", "body_timeout",  # the tests of what is no chat at all
+    "headers_too_large", "body_timeout",  # the tests of what is no chat at all
 }  # fmt: skip
 
 

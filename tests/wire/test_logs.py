@@ -144,16 +144,6 @@ async def test_lines_of_other_requests(log_format: str) -> None:
 
 
 @formats
-async def test_line_of_no_request(log_format: str) -> None:
-    """What never becomes a request has a line as well, with the id that its sender is told."""
-    async with Upstream() as grok, logging(grok, log_format) as (service, log), service.caller() as caller:
-        await caller.send(b"canary\r\n\r\n")
-        status, headers = await caller.head()
-        assert await log.of(headers["x-request-id"]) == {"status": status, "code": "invalid_http"}
-        assert "canary" not in service.stderr
-
-
-@formats
 async def test_lines_of_resumable_answers(log_format: str) -> None:
     """Each reader has a line, and the answer one of its own, when it ends."""
     gate = Gate()
