@@ -245,7 +245,8 @@ async def test_slow_head_in_drops() -> None:
 
 async def test_head_in_time() -> None:
     """Neither a long answer nor the silence between two requests is cut off, whatever is begun meanwhile."""
-    async with listening(Hasty) as (service, application), service.caller() as caller:
+    hasty = type("HastyByteByByte", (ByteByByte, Hasty), {})
+    async with listening(hasty) as (service, application), service.caller() as caller:
         for _ in range(2):
             application.more.clear()
             await caller.send(PLAIN.replace(b"/plain", b"/stream") + HEADS[0])
