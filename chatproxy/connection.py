@@ -26,7 +26,7 @@ class HTTPProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in uvicorn
         super().connection_made(transport)
         self.transports.add(transport)
-        self.in_head, self.recent, self.spare_bytes = True, b"", self.max_head_bytes
+        self.in_head, self.recent, self.spare_bytes = False, b"", self.max_head_bytes
         self.head_timer = self.loop.call_later(self.head_timeout, transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
@@ -59,6 +59,10 @@ class HTTPProtocol(HttpToolsProtocol):
         elif self.in_head and self.head_timer.cancelled() and getattr(self.cycle, "response_complete", True):
             self.head_timer = self.loop.call_later(self.head_timeout, self.transport.close)
 
+    def on_message_begin(self) -> None:
+        self.in_head, self.spare_bytes = True, self.max_head_bytes
+        super().on_message_begin()
+
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             raise ValueError("CONNECT, or an Upgrade field that was not renamed")  # uvicorn answers 400 and closes
@@ -69,7 +73,3 @@ class HTTPProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self.spare_bytes = self.max_head_bytes
         super().on_body(body)
-
-    def on_message_complete(self) -> None:
-        self.in_head, self.spare_bytes = True, self.max_head_bytes
-        super().on_message_complete()
