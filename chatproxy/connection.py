@@ -17,7 +17,7 @@ class HTTPProtocol(HttpToolsProtocol):
     """For `uvicorn.Config(http=...)`, which takes a class: a subclass sets other bounds and the registry."""
 
     max_head_bytes: int = 65_536
-    """What is more, trailers included, closes the connection."""
+    """Bytes of a head, with the trailers of the body before it; what has more closes the connection."""
     head_timeout: float = 20.0
     """Seconds to the end of a head: of the first from the start of the connection, of a later one from its start."""
     transports: set[asyncio.Transport] = set()  # noqa: RUF012 -- of the class, not of a connection
@@ -60,7 +60,7 @@ class HTTPProtocol(HttpToolsProtocol):
             self.head_timer = self.loop.call_later(self.head_timeout, self.transport.close)
 
     def on_message_begin(self) -> None:
-        self.in_head, self.spare_bytes = True, self.max_head_bytes
+        self.in_head = True
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
