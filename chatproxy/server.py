@@ -19,7 +19,7 @@ import uvicorn
 
 from chatproxy.app import create_app
 from chatproxy.config import Settings
-from chatproxy.connection import Connection
+from chatproxy.connection import HTTPProtocol
 from chatproxy.lifecycle import Lifecycle
 
 log = logging.getLogger(__name__)
@@ -28,8 +28,9 @@ log = logging.getLogger(__name__)
 # slows Grok's stream, and is noticed, while little is on its way.
 SEND_BUFFER = 65_536
 
-# nginx keeps connections to us for 60 s; ours must not close first, under a request on its way.
-KEEP_CONNECTION = 75
+# Seconds that an idle connection of a client is kept. The side that closes first loses a request that is just on its
+# way, and a proxy answers 502 for it. So longer than proxies keep theirs: nginx 60 s, Traefik 90 s, Caddy 120 s.
+KEEPALIVE_TIMEOUT = 150
 
 # Seconds for the last events to be written, once the time to drain is over.
 FINAL_WRITE_TIMEOUT = 1.0
@@ -69,10 +70,15 @@ class Server(uvicorn.Server):
         self.settings = settings
         app = create_app(settings)
         self.lifecycle: Lifecycle = app.state.lifecycle
+        self.transports: set[asyncio.Transport] = set()
+
+        class Protocol(HTTPProtocol):
+            transports = self.transports
+
         super().__init__(
             uvicorn.Config(
                 app,
-                http=Connection,
+                http=Protocol,
                 lifespan="on",
                 log_config=None,
                 access_log=False,
@@ -80,7 +86,7 @@ class Server(uvicorn.Server):
                 ws="none",
                 root_path=settings.root_path,
                 forwarded_allow_ips=settings.forwarded_allow_ips,
-                timeout_keep_alive=KEEP_CONNECTION,
+                timeout_keep_alive=KEEPALIVE_TIMEOUT,
                 timeout_graceful_shutdown=1,
             )
         )
@@ -113,8 +119,8 @@ class Server(uvicorn.Server):
             self.lifecycle.end_streams()
             if not await self.lifecycle.idle(FINAL_WRITE_TIMEOUT):
                 # Readers who take nothing cannot be told; uvicorn would wait for them.
-                for connection in list(self.server_state.connections):
-                    connection.transport.abort()
+                for transport in list(self.transports):
+                    transport.abort()
 
 
 async def serve(settings: Settings, sock: socket.socket, *, reloading: bool = False) -> None:

@@ -182,6 +182,10 @@ class Caller:
         async with asyncio.timeout(PATIENCE):
             return await self._reader.readuntil(end)
 
+    async def exactly(self, size: int) -> bytes:
+        async with asyncio.timeout(PATIENCE):
+            return await self._reader.readexactly(size)
+
     async def some(self, limit: int = 65536) -> bytes:
         """What has come, at least one byte, b"" at the end."""
         async with asyncio.timeout(PATIENCE):
@@ -190,6 +194,10 @@ class Caller:
     async def rest(self) -> bytes:
         async with asyncio.timeout(PATIENCE):
             return await self._reader.read()
+
+    def at_eof(self) -> bool:
+        """Whether all has been read, and no more can come."""
+        return self._reader.at_eof()
 
     async def piece(self) -> bytes:
         """One transfer chunk of the answer's body; b"" is its tidy end."""

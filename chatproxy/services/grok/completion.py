@@ -51,25 +51,6 @@ class Completion(CancellableWait):
     any other end is raised as a ChatError, after all events before it were given.
     """
 
-    __slots__ = (
-        "_content",
-        "_deadline",
-        "_decoder",
-        "_end",
-        "_first",
-        "_grok",
-        "_headers",
-        "_loop",
-        "_make_decoder",
-        "_pieces",
-        "_stream",
-        "_timeout",
-        "_timeout_error",
-        "_timer",
-        "_waiting_since",
-        "read_at",
-    )
-
     def __init__(
         self, grok: "Grok", content: bytes, headers: httpx.Headers, make_decoder: Callable[[], Decoder]
     ) -> None:
@@ -203,9 +184,8 @@ class Completion(CancellableWait):
             finally:
                 self._waiting_since = None
             await self._close()
-            # Exponential with jitter: at most half a second first, and four in the end.
-            jitter = random.uniform(0.1, 0.5)  # noqa: S311 -- spreads load, keeps no secret
-            wait = jitter * 2 ** min(attempt, 3) if after is None else after + 0.05
+            # Exponential with jitter, which keeps no secret: at most half a second first, and four in the end.
+            wait = after + 0.05 if after is not None else random.uniform(0.1, 0.5) * 2 ** min(attempt, 3)  # noqa: S311
             too_late = self._loop.time() + wait > give_up_at
             if attempt == settings.grok_retries or (after or 0) > MAX_RETRY_WAIT or too_late:
                 try:
