@@ -41,6 +41,7 @@ _IN_AN_ANSWER |= {errors.Draining, errors.InternalError}
 _HEADERS = {
     "Allow": "The methods that this path takes.",
     "Content-Location": "Where a resumable answer can be read again.",
+    "ETag": "Of what is sent; the same in `If-None-Match` gets a 304.",
     "Location": "Where the answer streams.",
     "RateLimit": "What is left of this caller's chats, where RATE_LIMIT is set.",
     "RateLimit-Policy": "How many chats a caller has, where RATE_LIMIT is set.",
@@ -73,6 +74,16 @@ def _answer(description: str, content: Object | None = None, headers: Iterable[s
 
 def _json(schema: Object) -> Object:
     return {"application/json": {"schema": schema}}
+
+
+def _file(description: str, media_type: str) -> "_Operation":
+    """A file that is not sent again to who has it."""
+    content = {media_type: {"schema": {"type": "string"}}}
+    return _Operation(
+        {"200": _answer(description, content, ["ETag"]), "304": _answer("It has not changed.", headers=["ETag"])},
+        _OTHERS,
+        {"parameters": [_parameter("header", "If-None-Match", "The ETag of what was received before.")]},
+    )
 
 
 def _failure(kinds: Iterable[type[ChatError]]) -> Object:
@@ -180,7 +191,9 @@ _OPERATIONS = {
         {"200": _answer("The metrics.", {"text/plain": {"schema": {"type": "string"}}})}, _OTHERS
     ),
     "GET /openapi.json": _Operation({"200": _answer("This document.", _json({"type": "object"}))}, _OTHERS),
-    "GET /": _Operation({"200": _answer("The page.", {"text/html": {"schema": {"type": "string"}}})}, _OTHERS),
+    "GET /client.js": _file("The module.", "text/javascript"),
+    "GET /client.d.ts": _file("The types.", "text/plain"),
+    "GET /": _file("The page.", "text/html"),
 }
 
 

@@ -4,21 +4,20 @@ Does not know httpx, xAI's addresses, or how an event is written.
 """
 
 import asyncio
-import base64
 import hashlib
 import hmac
 import re
 from collections.abc import AsyncGenerator
 from functools import lru_cache
-from importlib.resources import files
 from typing import Literal, NotRequired, TypedDict
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from chatproxy import metrics as prometheus
+from chatproxy.assets import Assets
 from chatproxy.config import Settings
 from chatproxy.errors import (
     BodyTimeout,
@@ -159,33 +158,6 @@ async def openapi(request: Request[AppState]) -> Response:
     return JSONResponse(describe(listed, request.scope["root_path"]))
 
 
-class Page:
-    """The try-out page, which may run its own script and style and talk to this service only."""
-
-    def __init__(self) -> None:
-        self._html = files("chatproxy").joinpath("page.html").read_text("utf-8")
-        script, style = (_inline_hash(tag, self._html) for tag in ("script", "style"))
-        self._headers = {
-            "Content-Security-Policy": (
-                f"default-src 'none'; script-src {script}; style-src {style}; img-src data:; connect-src 'self'; "
-                "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-            ),
-            "Cache-Control": "no-cache",
-            "Referrer-Policy": "no-referrer",
-            "X-Content-Type-Options": "nosniff",
-        }
-
-    async def show(self, _: Request[AppState]) -> Response:
-        """GET /: the try-out page."""
-        return HTMLResponse(self._html, headers=self._headers)
-
-
-def _inline_hash(tag: str, html: str) -> str:
-    """The CSP source of the page's one element with that tag."""
-    (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
-
-
 async def refuse(_: Request, error: Exception) -> Response:
     """Starlette's own 404 and 405, in our words."""
     assert isinstance(error, HTTPException)
@@ -195,6 +167,7 @@ async def refuse(_: Request, error: Exception) -> Response:
 
 def routes(try_page: bool) -> list[Route]:
     """All routes of the service."""
+    assets = Assets()
     reading = Route("/api/chat/{id}/stream", stream)
     reading.methods = {"GET"}  # Starlette adds HEAD
     return [
@@ -206,7 +179,9 @@ def routes(try_page: bool) -> list[Route]:
         Route("/readyz", readyz),
         Route("/metrics", metrics),
         Route("/openapi.json", openapi),
-        *([Route("/", Page().show)] if try_page else []),
+        Route("/client.js", assets.client),
+        Route("/client.d.ts", assets.types),
+        *([Route("/", assets.page)] if try_page else []),
     ]
 
 

@@ -18,9 +18,10 @@ LAYERS = {
     "connection": "middleware errors schemas | uvicorn",
     "middleware": "responses config errors logs metrics | starlette",
     "routes": (
-        "responses openapi limits config errors metrics schemas "
+        "assets responses openapi limits config errors metrics schemas "
         "services.grok services.relay services.streams | starlette"
     ),
+    "assets": "| starlette",
     "responses": "config errors interrupt metrics schemas services.relay sse | starlette",
     "openapi": "__init__ errors schemas | msgspec",
     "limits": "config errors |",
