@@ -4,7 +4,7 @@ import pytest
 from playwright.async_api import Browser, Locator, Page, expect
 
 from tests import readers
-from tests.browser.test_readme import TEXT, TOKENS
+from tests.browser.test_readers import TEXT, TOKENS
 from tests.browser.wires import Relay
 from tests.conftest import serving
 from tests.upstream import CLOSE, HANG, Gate, Upstream, error, stream
