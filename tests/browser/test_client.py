@@ -184,6 +184,26 @@ async def test_stopped_before_it_began(page: Page, site: Site) -> None:
         assert upstream.calls == []
 
 
+async def test_signal_is_let_go(page: Page, site: Site) -> None:
+    """A signal that outlives its answers keeps nothing of them."""
+    async with loaded(page, site, stream("whole")):
+        listeners = await page.evaluate(
+            """async () => {
+                const { signal } = new AbortController();
+                let listeners = 0;
+                for (const [name, step] of [["addEventListener", 1], ["removeEventListener", -1]]) {
+                    signal[name] = (...given) => {
+                        listeners += step;
+                        AbortSignal.prototype[name].apply(signal, given);
+                    };
+                }
+                await ask("Hi", { signal });
+                return listeners;
+            }"""
+        )
+        assert listeners == 0
+
+
 @pytest.mark.parametrize("origin", ORIGINS)
 async def test_closed(page: Page, site: Site, origin: str) -> None:
     """A page that stops while it is being closed hangs up at once."""

@@ -32,11 +32,13 @@ Ask = Callable[[int], Awaitable[list[Any]]]
 
 
 @asynccontextmanager
-async def node(url: str) -> AsyncIterator[Ask]:
+async def node(url: str, directory: Path) -> AsyncIterator[Ask]:
     if not NODE:
         pytest.skip("node is not installed")
+    # Before version 20 Node takes a .js file for a module only where a package.json says so.
+    module = shutil.copy(CLIENT, directory / "client.mjs")
     process = await asyncio.create_subprocess_exec(
-        *(NODE, HERE / "answers.mjs", CLIENT, url), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+        *(NODE, HERE / "answers.mjs", module, url), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
     )
     assert process.stdin is not None
     assert process.stdout is not None
@@ -73,11 +75,11 @@ async def lengths(service: Local) -> tuple[int, int]:
     return sum(len(name) + len(text) + 4 for name, text in live.response.headers.items()) + 19, len(live.raw)
 
 
-async def test_every_cut_in_node() -> None:
+async def test_every_cut_in_node(tmp_path: Path) -> None:
     """Wherever the first connection is cut, in its head too, the text is exact, and each answer is asked for once."""
     async with Upstream(stream(*TOKENS)) as upstream, serving(upstream.url) as service:
         head, body = await lengths(service)
-        async with Relay(service.port) as relay, node(relay.url) as ask:
+        async with Relay(service.port) as relay, node(relay.url, tmp_path) as ask:
             answers = await cut_everywhere(relay, ask, range(head + body + 100), 40)
         assert len(upstream.calls) == 1 + answers
 
@@ -108,9 +110,9 @@ async def test_every_cut_in_a_browser(page: Page, site: Site) -> None:
         assert len(upstream.calls) == 1 + answers
 
 
-async def test_no_address() -> None:
+async def test_no_address(tmp_path: Path) -> None:
     """From a file the client cannot know where the service is, and says so instead of looking for it."""
-    async with node("") as ask:
+    async with node("", tmp_path) as ask:
         assert await ask(1) == ["TypeError: The address of the service is missing."]
 
 
