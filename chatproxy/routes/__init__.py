@@ -7,14 +7,15 @@ from starlette.routing import Route
 
 from chatproxy.errors import MethodNotAllowed, NotFound
 from chatproxy.routes import operations
+from chatproxy.routes.assets import Assets
 from chatproxy.routes.chat import chat
 from chatproxy.routes.openapi import openapi
-from chatproxy.routes.page import Page
 from chatproxy.routes.streams import stop, stream
 
 
 def routes(try_page: bool) -> list[Route]:
     """The route table."""
+    assets = Assets()
     return [
         Route("/api/chat", chat, methods=["POST"]),
         Route("/api/chat/{id}/stream", stream),
@@ -24,7 +25,9 @@ def routes(try_page: bool) -> list[Route]:
         Route("/readyz", operations.readyz),
         Route("/metrics", operations.metrics),
         Route("/openapi.json", openapi),
-        *([Route("/", Page().show)] if try_page else []),
+        Route("/client.js", assets.client),
+        Route("/client.d.ts", assets.types),
+        *([Route("/", assets.page)] if try_page else []),
     ]
 
 

@@ -33,8 +33,8 @@ _SCHEMA = dict(zip(_TYPES, _REFERENCES, strict=True))
 Kinds = set[type[ChatError]]
 NO_ROUTE_ERRORS: Kinds = {errors.NotFound, errors.MethodNotAllowed}
 HEALTH_ERRORS: Kinds = {errors.HeadersTooLarge, errors.InternalError}
-NONAPI_ERRORS_ERRORS: Kinds = {*HEALTH_ERRORS, errors.HostNotAllowed}
-API_ERRORS: Kinds = {*NONAPI_ERRORS_ERRORS, errors.OriginNotAllowed}
+NON_API_ERRORS: Kinds = {*HEALTH_ERRORS, errors.HostNotAllowed}
+API_ERRORS: Kinds = {*NON_API_ERRORS, errors.OriginNotAllowed}
 BY_ID_ERRORS: Kinds = {*API_ERRORS, errors.NotFound}  # an id with a slash in it makes another path
 STREAM_ROUTE_ERRORS: Kinds = {
     *BY_ID_ERRORS,
@@ -54,6 +54,7 @@ STREAM_ERRORS |= {errors.Draining, errors.InternalError}
 _HEADERS = {
     "Allow": "The methods that this path takes.",
     "Content-Location": "Where a resumable answer can be read again.",
+    "ETag": "Of what is sent; the same in `If-None-Match` gets a 304.",
     "Location": "Where the answer streams.",
     "RateLimit": "What is left of this caller's chats, where RATE_LIMIT is set.",
     "RateLimit-Policy": "How many chats a caller has, where RATE_LIMIT is set.",
@@ -86,6 +87,16 @@ def _answer(description: str, content: Object | None = None, headers: Iterable[s
 
 def _json(schema: Object) -> Object:
     return {"application/json": {"schema": schema}}
+
+
+def _file(description: str, media_type: str) -> "_Operation":
+    """A file, which is not sent again to a client that has it."""
+    content = {media_type: {"schema": {"type": "string"}}}
+    return _Operation(
+        {"200": _answer(description, content, ["ETag"]), "304": _answer("It has not changed.", headers=["ETag"])},
+        NON_API_ERRORS,
+        {"parameters": [_parameter("header", "If-None-Match", "The ETag of what was received before.")]},
+    )
 
 
 def _failure(kinds: Iterable[type[ChatError]]) -> Object:
@@ -201,14 +212,12 @@ _OPERATIONS = {
         HEALTH_ERRORS,
     ),
     "GET /metrics": _Operation(
-        {"200": _answer("The metrics.", {"text/plain": {"schema": {"type": "string"}}})}, NONAPI_ERRORS_ERRORS
+        {"200": _answer("The metrics.", {"text/plain": {"schema": {"type": "string"}}})}, NON_API_ERRORS
     ),
-    "GET /openapi.json": _Operation(
-        {"200": _answer("This document.", _json({"type": "object"}))}, NONAPI_ERRORS_ERRORS
-    ),
-    "GET /": _Operation(
-        {"200": _answer("The page.", {"text/html": {"schema": {"type": "string"}}})}, NONAPI_ERRORS_ERRORS
-    ),
+    "GET /openapi.json": _Operation({"200": _answer("This document.", _json({"type": "object"}))}, NON_API_ERRORS),
+    "GET /client.js": _file("The module.", "text/javascript"),
+    "GET /client.d.ts": _file("The types.", "text/plain"),
+    "GET /": _file("The page.", "text/html"),
 }
 
 

@@ -1,6 +1,5 @@
-"""The readers of the README, run in a browser exactly as they are printed there, from a page at another origin."""
+"""The readers that the README names besides client.js, run in a browser from a page at another origin."""
 
-import re
 from typing import Any
 
 import pytest
@@ -12,9 +11,7 @@ from tests.upstream import CLOSE, HANG, Gate, Upstream, error, stream
 
 pytestmark = pytest.mark.anyio
 
-README = (ROOT / "README.md").read_text()
-PRINTED: dict[str, str] = dict(re.findall(r"```js\n// reader: ([^\n]+)\n(.+?)```", README, re.DOTALL))
-RESUMING = ["EventSource", "fetch-event-source", "fetch, resuming"]
+RESUMING = ["event-source", "fetch-event-source", "resuming-fetch"]
 READERS = ["fetch", *RESUMING]
 
 TOKENS = [
@@ -25,13 +22,20 @@ TOKENS = [
 TEXT = "".join(TOKENS)
 
 
+def test_named() -> None:
+    """The README names each of them."""
+    paths = [*(ROOT / "tests/browser/readers").glob("*.js")]
+    assert {path.stem for path in paths} == {*READERS}
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"(tests/browser/readers/{path.name})" in readme for path in paths)
+
+
 async def load(page: Page, reader: str, site: Site) -> None:
     """Open the other site and put one reader on it."""
     if reader == "fetch-event-source" and not FETCH_EVENT_SOURCE.exists():
         pytest.skip("its node packages are not installed: npm install --prefix tests/browser")
     await page.goto(site.origin)
-    await page.add_script_tag(type="module", content=PRINTED[reader] + "window.ask = ask;")
-    await page.wait_for_function("() => 'ask' in window")
+    await page.evaluate("async (path) => { window.ask = (await import(path)).ask; }", f"/readers/{reader}.js")
 
 
 async def begin(page: Page, service: str) -> None:
@@ -164,6 +168,6 @@ async def test_restarted(page: Page, site: Site, reader: str) -> None:
         relay.port_beyond = after.port
         relay.cut()
         ended = await end(page)  # EventSource shows neither status nor body
-        assert ended.get("code") == (None if reader == "EventSource" else "stream_not_found")
+        assert ended.get("code") == (None if reader == "event-source" else "stream_not_found")
         assert await page.evaluate("window.text") == "half"
         assert len(upstream.calls) == 1
