@@ -90,6 +90,8 @@ ANSWERS: dict[str, tuple[Script, Expected]] = {
     "403 key rights": (said(403, "Access to the chat endpoint is denied.", DENIED), AUTH),
     "403 blocked": (said(403, "This key is blocked.", DENIED), AUTH),
     "429 credits used up": (said(429, CREDITS, EXHAUSTED, Retry_After="30"), AUTH),
+    "403 block page": (error(403, HTML), FAILED),
+    "403 without a body": (error(403, ""), FAILED),
     "403 moderation": (said(403, "Content violates usage guidelines.", DENIED), POLICY),
     "403 moderation, old": (said(403, "Content violates usage guidelines. Failed check: SAFETY", OLD_DENIED), POLICY),
     "400 too long": (said(400, "This model's maximum prompt length is 10 but the request contains 20"), TOO_LONG),
