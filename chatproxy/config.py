@@ -39,6 +39,9 @@ class Settings(Struct, frozen=True, kw_only=True):
     grok_model: str = "grok-4.3"
     grok_base_url: str = "https://api.x.ai/v1"
     grok_reasoning_effort: str | None = None
+    grok_api: Literal["chat", "responses"] = "chat"
+    grok_tools: tuple[str, ...] = ()
+    max_tool_calls: Count = 10
     grok_retries: Annotated[int, Meta(ge=0)] = 2
     grok_transport: Literal["auto", "own", "httpx"] = "auto"
     system_prompt: Secret | None = None
@@ -119,6 +122,8 @@ def load(environ: Mapping[str, str]) -> Settings:
         except ValueError as error:
             shown = "" if variable in UNSHOWN else f", not {given[variable][:80]!r}"
             problems.append(f"{variable}: {_rule(field.type, error)}{shown}")
+    if values.get("grok_tools") and values.get("grok_api") != "responses":
+        problems.append("GROK_TOOLS: expected only with GROK_API=responses, for the other API has no tools")
     if problems:
         raise Invalid("\n".join(problems))
     return Settings(**values)
@@ -219,6 +224,13 @@ def _root_path(value: str) -> str:
     return value.rstrip("/")
 
 
+def _grok_tools(value: str) -> list[str]:
+    tools = list(dict.fromkeys(_list(value.lower())))
+    if not set(tools) <= {"web_search", "x_search"}:
+        raise ValueError("expected web_search, x_search or both, separated by a comma")
+    return tools
+
+
 def _tokens(value: str) -> list[str]:
     tokens = _list(value)
     # None at all would let everybody in.
@@ -241,6 +253,8 @@ def _addresses(value: str) -> str:
 
 _READERS: dict[str, Any] = {
     "grok_base_url": _base_url,
+    "grok_api": str.lower,
+    "grok_tools": _grok_tools,
     "allowed_origins": lambda value: list(_origins(value)),
     "allowed_hosts": lambda value: list(_hosts(value)),
     "access_tokens": _tokens,
