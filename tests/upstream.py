@@ -437,7 +437,7 @@ class Upstream:
     def _script(self, call: Call) -> Steps:
         script: Script
         match call.method, urlsplit(call.path).path:  # asked as an HTTP proxy, it is the target as well
-            case "POST", "/v1/chat/completions":
+            case "POST", "/v1/chat/completions" | "/v1/responses":
                 self.calls.append(call)
                 script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
             case "GET", "/v1/api-key":

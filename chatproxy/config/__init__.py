@@ -40,6 +40,9 @@ class Settings(Struct, frozen=True, kw_only=True):
     grok_model: str = "grok-4.3"
     grok_base_url: str = "https://api.x.ai/v1"
     grok_reasoning_effort: str | None = None
+    grok_api: Literal["chat", "responses"] = "chat"
+    grok_tools: tuple[str, ...] = ()
+    max_tool_calls: Count = 10
     grok_retries: Annotated[int, Meta(ge=0)] = 2
     grok_transport: Literal["fast", "httpx"] = "fast"
     system_prompt: Secret | None = None
@@ -132,6 +135,8 @@ def load(environ: Mapping[str, str], problems: Iterable[str] = ()) -> Settings:
         except ValueError as error:
             shown = "" if variable in UNSHOWN else f", not {given[variable][:80]!r}"
             found.append(f"{variable}: {_rule(field.type, error)}{shown}")
+    if read.get("grok_tools") and read.get("grok_api") != "responses":
+        found.append("GROK_TOOLS: expected only with GROK_API=responses, for the other API has no tools")
     if not demo:
         found += _way_out(read, environ)
     if found:
@@ -225,6 +230,8 @@ _PARSERS: dict[str, Any] = {
     "grok_base_url": values.base_url,
     "grok_reasoning_effort": values.model,
     "grok_transport": str.lower,
+    "grok_api": str.lower,
+    "grok_tools": values.tools,
     "ssl_cert_file": values.certificates,
     "ssl_cert_dir": values.certificate_directories,
     "host": values.host,

@@ -137,6 +137,14 @@ def root_path(value: str) -> str:
     return value.rstrip("/")
 
 
+def tools(value: str) -> list[str]:
+    """Searches that the operator allows, each once."""
+    names = list(dict.fromkeys(items(value.lower())))
+    if not set(names) <= {"web_search", "x_search"}:
+        raise ValueError("expected web_search, x_search or both, separated by a comma")
+    return names
+
+
 def tokens(value: str) -> list[str]:
     tokens = items(value)
     # None at all would let everybody in.

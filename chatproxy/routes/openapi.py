@@ -15,8 +15,9 @@ from starlette.responses import Response
 
 from chatproxy import __version__, errors
 from chatproxy.errors import ChatError, RequestError, UpstreamError
+from chatproxy.events import Source
 from chatproxy.formats import ErrorBody
-from chatproxy.formats.plain import ChatRequest, FinishData
+from chatproxy.formats.plain import ChatRequest, FinishData, ToolData
 from chatproxy.routes.answers import Created
 from chatproxy.routes.operations import Health
 from chatproxy.routes.responses import JSONResponse
@@ -24,7 +25,7 @@ from chatproxy.routes.state import AppState
 
 Object = dict[str, Any]
 
-_TYPES = (ChatRequest, Created, ErrorBody, FinishData, Health)
+_TYPES = (ChatRequest, Created, ErrorBody, FinishData, Health, Source, ToolData)
 _REFERENCES, _SCHEMAS = msgspec.json.schema_components(_TYPES, ref_template="#/components/schemas/{name}")
 _SCHEMA = dict(zip(_TYPES, _REFERENCES, strict=True))
 
@@ -49,7 +50,7 @@ CHAT_ERRORS -= {*NO_ROUTE_ERRORS, errors.StreamNotFound, errors.InvalidLastEvent
 CHAT_ERRORS -= {errors.UpstreamCutOff, errors.IdleTimeout, errors.EmptyAnswer}  # only after a first chunk
 STREAM_ERRORS: Kinds = {*UpstreamError.__subclasses__(), errors.ContentPolicy, errors.ContextLengthExceeded}
 STREAM_ERRORS |= {errors.Stopped, errors.Abandoned, errors.ReplayLost, errors.StreamNotFound, errors.StoreUnavailable}
-STREAM_ERRORS |= {errors.Draining, errors.InternalError}
+STREAM_ERRORS |= {errors.Draining, errors.InternalError, errors.ToolLimit}
 
 _HEADERS = {
     "Allow": "The methods that this path takes.",
@@ -149,6 +150,12 @@ _EVENTS = {
             "oneOf": [
                 _event("message", "A piece of the answer, or `[DONE]`: it is complete."),
                 _event("reasoning", "A piece of the reasoning, if included."),
+                _event("tool", "A search has started or completed, if included.", _SCHEMA[ToolData]),
+                _event(
+                    "citations",
+                    "The pages that the answer refers to, before the finish, if included and if there are any.",
+                    {"type": "array", "items": _SCHEMA[Source], "maxItems": 100},
+                ),
                 _event("finish", "Just before the end, if included.", _SCHEMA[FinishData]),
                 _event("error", "In place of `[DONE]`, if the answer failed.", _failure(STREAM_ERRORS)),
             ],

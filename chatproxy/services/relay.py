@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Protocol
 
 from chatproxy.errors import ChatError, EmptyAnswer
-from chatproxy.events import Done, Event, Failed, Finished, ReasoningDelta, Started, StreamSummary, TextDelta
+from chatproxy.events import Done, Event, Failed, Finished, ReasoningDelta, Started, StreamSummary, TextDelta, ToolCall
 
 # Events that came together, and whether they are the last.
 Batch = tuple[Sequence[Event], bool]
@@ -87,6 +87,8 @@ def _count(event: Event, summary: StreamSummary) -> None:
             summary.characters += len(event.text)
         case ReasoningDelta():
             summary.characters += len(event.text)
+        case ToolCall(tool=tool, status="started"):
+            summary.tool_calls[tool] = summary.tool_calls.get(tool, 0) + 1
         case _:
             pass
 

@@ -21,6 +21,9 @@ DEFAULTS = {
     "grok_base_url": "https://api.x.ai/v1",
     "grok_reasoning_effort": None,
     "grok_retries": 2,
+    "grok_api": "chat",
+    "grok_tools": (),
+    "max_tool_calls": 10,
     "grok_transport": "fast",
     "system_prompt": None,
     "ssl_cert_file": None,
@@ -75,6 +78,8 @@ def test_defaults() -> None:
         ("GROK_BASE_URL", "https://gateway.example/chat", "https://gateway.example/chat"),
         ("GROK_REASONING_EFFORT", "low", "low"),
         ("GROK_RETRIES", "0", 0),
+        ("GROK_API", "Responses", "responses"),
+        ("MAX_TOOL_CALLS", "1", 1),
         ("GROK_TRANSPORT", "HTTPX", "httpx"),
         ("SYSTEM_PROMPT", "Be brief.\nBe kind.", "Be brief.\nBe kind."),
         ("HOST", "::1", "::1"),
@@ -146,6 +151,33 @@ HOST = "expected an address such as 127.0.0.1 or ::, or a host name, without por
 VERSION = "expected an address with the version of the API, such as https://api.x.ai/v1"
 ENDPOINT = "expected the address without"
 ADDED = ", which is added to it"
+TOOLS = "expected web_search, x_search or both, separated by a comma"
+
+
+@pytest.mark.parametrize("api", ["", "chat", "RESPONSES"])
+@pytest.mark.parametrize(
+    ("text", "tools"),
+    [
+        ("web_search", ("web_search",)),
+        (" X_Search , web_search,x_search,", ("x_search", "web_search")),
+        ("web_search x_search", None),
+        ("web_search, shell", None),
+    ],
+)
+def test_tools(api: str, text: str, tools: tuple[str, ...] | None) -> None:
+    """Searches are allowed by name, and only with the API that has them."""
+    variables = {"GROK_API": api, "GROK_TOOLS": text}
+    if tools and api == "RESPONSES":
+        assert load(variables).grok_tools == tools
+        return
+    with pytest.raises(Invalid) as caught:
+        load(variables)
+    if tools:
+        assert str(caught.value) == "GROK_TOOLS: expected only with GROK_API=responses, for the other API has no tools"
+    else:
+        assert str(caught.value) == f"GROK_TOOLS: {TOOLS}, not '{text}'"
+
+
 ORIGINS = "expected origins such as https://example.com, separated by commas"
 HOSTS = "expected host names without port, such as chat.example.com or .example.com, or *"
 RATE = "expected a number per second, minute, hour or day, such as 20/minute"
@@ -161,6 +193,8 @@ TOKENS = "expected tokens of 16 or more letters, digits and ._~+/- separated by 
         ("PORT", "65536", "expected int <= 65535, not '65536'"),
         ("PORT", "-1", "expected int >= 0, not '-1'"),
         ("GROK_RETRIES", "-1", "expected int >= 0, not '-1'"),
+        ("GROK_API", "grpc", "expected chat or responses, not 'grpc'"),
+        ("MAX_TOOL_CALLS", "0", "expected int >= 1, not '0'"),
         ("MAX_STREAMS", "0", "expected int >= 1, not '0'"),
         ("MAX_STREAMS", "1.5", "expected int, not '1.5'"),
         ("MAX_STREAMS_PER_CLIENT", "0", "expected int >= 1, not '0'"),

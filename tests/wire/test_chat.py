@@ -234,7 +234,7 @@ async def test_include(grok: Upstream, service: Local) -> None:
         *(Event(text) for text in "abc"),
     ]
     assert finish.type == "finish"
-    assert json.loads(finish.data) == {"finish_reason": "length", "model": "grok-4.3", "usage": usage}
+    assert json.loads(finish.data) == {"finish_reason": "length", "model": "grok-4.3", "usage": usage, "api": "chat"}
     assert done == Event(DONE)
     assert standard(only_finish.content) == [*(Event(text) for text in "abc"), finish, done]
     assert answer(nothing.content) == "abc"

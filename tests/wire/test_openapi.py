@@ -72,9 +72,10 @@ async def test_shapes_of_the_contract(service: Local) -> None:
     """The schemas are those that requests are decoded with; headers and ways to authenticate are named."""
     described = await description(service)
     schemas = described["components"]["schemas"]
-    assert set(schemas) == {"ChatRequest", "Message", "Created", "ErrorBody", "ErrorDetail", "Health", "FinishData"}
+    events = {"FinishData", "ToolData", "Source"}
+    assert set(schemas) == {"ChatRequest", "Message", "Created", "ErrorBody", "ErrorDetail", "Health", *events}
     assert schemas["ChatRequest"]["required"] == ["messages"]
-    assert set(schemas["ChatRequest"]["properties"]) == {"messages", "sessionId", "include", "resumable"}
+    assert set(schemas["ChatRequest"]["properties"]) == {"messages", "sessionId", "include", "tools", "resumable"}
     assert schemas["Message"]["properties"]["content"]["minLength"] == 1
     assert schemas["ErrorDetail"]["required"] == ["type", "code", "message", "param", "request_id"]
     chat = described["paths"]["/api/chat"]["post"]

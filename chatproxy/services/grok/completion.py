@@ -219,7 +219,13 @@ class Completion(CancellableWait):
             raise grok.log_failure(UpstreamFailed(), "ended before the first chunk") from None
         if not self._decoder.progressed:
             end, self._end = self._end, None
-            raise end or grok.log_failure(UpstreamFailed(), "[DONE] before the first chunk")
+            try:
+                # An error in place of the first chunk that says what a 429 or a 503 would have said.
+                if isinstance(end, UpstreamRateLimited | UpstreamOverloaded):
+                    raise _Retryable(end)
+                raise end or grok.log_failure(UpstreamFailed(), "[DONE] before the first chunk")
+            finally:
+                del end  # its traceback holds this frame
         self._first = events
 
     async def _read(self) -> list[Event]:
