@@ -57,7 +57,7 @@ def create_app(settings: Settings) -> Starlette:
             tasks.cancel_scope.cancel()
 
     app = Starlette(
-        routes=routes(settings.try_page),
+        routes=routes(settings),
         lifespan=lifespan,
         middleware=[
             Middleware(RequestLogMiddleware, metrics, lifecycle),

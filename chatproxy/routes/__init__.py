@@ -5,6 +5,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from chatproxy.config import Settings
 from chatproxy.errors import MethodNotAllowed, NotFound
 from chatproxy.routes import operations
 from chatproxy.routes.assets import Assets
@@ -13,9 +14,9 @@ from chatproxy.routes.openapi import openapi
 from chatproxy.routes.streams import stop, stream
 
 
-def routes(try_page: bool) -> list[Route]:
+def routes(settings: Settings) -> list[Route]:
     """The route table."""
-    assets = Assets()
+    assets = Assets(settings.grok_tools)
     return [
         Route("/api/chat", chat, methods=["POST"]),
         Route("/api/chat/{id}/stream", stream),
@@ -27,7 +28,7 @@ def routes(try_page: bool) -> list[Route]:
         Route("/openapi.json", openapi),
         Route("/client.js", assets.client),
         Route("/client.d.ts", assets.types),
-        *([Route("/", assets.page)] if try_page else []),
+        *([Route("/", assets.page)] if settings.try_page else []),
     ]
 
 
