@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn, Self, cast
+from typing import NoReturn, Self, cast
 
 import anyio
 import httpx
@@ -32,10 +32,7 @@ from chatproxy.errors import (
 from chatproxy.events import Event, Finished
 from chatproxy.services.grok import failures
 from chatproxy.services.grok.network import cause, read_beginning
-from chatproxy.services.grok.protocol import Decoder
-
-if TYPE_CHECKING:
-    from chatproxy.services.grok.client import Grok
+from chatproxy.services.grok.protocol import Client, Decoder
 
 # Seconds. Usage and `[DONE]` follow the finish reason at once; a Grok that has finished is not waited for.
 FINISH_GRACE = 1.0
@@ -52,7 +49,7 @@ class Completion(CancellableWait):
     """
 
     def __init__(
-        self, grok: "Grok", content: bytes, headers: httpx.Headers, make_decoder: Callable[[], Decoder]
+        self, grok: Client, content: bytes, headers: httpx.Headers, make_decoder: Callable[[], Decoder]
     ) -> None:
         super().__init__()
         self.read_at = 0.0  # when the last events came (perf_counter)
