@@ -40,6 +40,7 @@ import ctypes
 import enum
 import json
 import socket
+import ssl
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -259,8 +260,9 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
-        # Nothing is held back here: a step is over when the kernel has its bytes.
-        transport.set_write_buffer_limits(high=0)
+        if transport.get_extra_info("ssl_object") is None:  # over TLS asyncio would take 0 for never
+            # Nothing is held back here: a step is over when the kernel has its bytes.
+            transport.set_write_buffer_limits(high=0)
         self._transport = transport
         self._number = self._upstream._joined(self)
         self._task = asyncio.get_running_loop().create_task(self._serve())
@@ -361,8 +363,9 @@ class _Connection(asyncio.Protocol):
 class Upstream:
     """A scripted Grok on a free port of 127.0.0.1, for as long as its context is open."""
 
-    def __init__(self, *scripts: Script, key: Script | None = None) -> None:
+    def __init__(self, *scripts: Script, key: Script | None = None, tls: ssl.SSLContext | None = None) -> None:
         self.play(*scripts)
+        self._tls = tls
         self.key: Script = error(200, GOOD_KEY) if key is None else key
         """What GET /v1/api-key gets."""
         self.connections = 0
@@ -373,9 +376,9 @@ class Upstream:
 
     async def __aenter__(self) -> Self:
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: _Connection(self), "127.0.0.1", 0, backlog=4096)
+        self._server = await loop.create_server(lambda: _Connection(self), "127.0.0.1", 0, backlog=4096, ssl=self._tls)
         self.port: int = self._server.sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}/v1"
+        self.url = f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}/v1"
         return self
 
     async def __aexit__(self, *_: object) -> None:
