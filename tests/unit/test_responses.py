@@ -200,6 +200,7 @@ def test_searches() -> None:
     # Added as one that has completed, as in 2025; told twice; not added at all.
     for pieces in (
         [added(0, web_search(0, "cats")), done(0, web_search(0, "cats"))],
+        [done(0, {"type": "web_search_call", "arguments": '{"query":"cats","num_results":5}'})],
         [*searched(0, "cats"), *searched(0, "cats")],
         [done(0, web_search(0, "cats"))],
     ):
@@ -236,6 +237,7 @@ def test_searches_that_overlap() -> None:
         {"type": "custom_tool_call", "input": "[" * 100_000},
         {"type": "custom_tool_call", "input": '{"query": 5}'},
         {"type": "custom_tool_call", "input": '["query"]'},
+        {"type": "web_search_call", "arguments": ["query"]},
     ],
 )
 def test_searches_for_what_is_not_told(item: dict[str, Any]) -> None:
