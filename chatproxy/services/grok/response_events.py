@@ -21,6 +21,7 @@ class Item(Redacted, Struct, gc=False):
     summary: Any = None
     action: Any = None
     input: Any = None
+    arguments: Any = None
 
 
 class Response(Redacted, Struct, gc=False):

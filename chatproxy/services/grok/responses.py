@@ -5,6 +5,7 @@ from xAI's documentation and from recorded answers: an answer is made of output 
 apart by `output_index` (their ids repeat), and every text comes several times, first in deltas and then whole.
 """
 
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -108,12 +109,15 @@ class Decoder:
     @property
     def finished(self) -> Finished:
         """Finish reason, model and usage, as far as they were told."""
-        usage = self._usage
+        usage, counts = self._usage, None
         try:
             bytes(usage).decode()  # it is passed on as it came
-            counts = (_decode_usage(usage) if usage else None) or _Usage()
-        except ValueError:
-            usage, counts = Raw(), _Usage()  # not worth an error: the answer is complete without
+        except UnicodeDecodeError:
+            usage = Raw()
+        if usage:
+            with suppress(ValueError):  # not worth an error: the answer is complete without
+                counts = _decode_usage(usage)
+        counts = counts or _Usage()
         reasoning = (counts.output_tokens_details or _UsageDetails()).reasoning_tokens
         cached = (counts.input_tokens_details or _UsageDetails()).cached_tokens
         output = counts.output_tokens

@@ -49,11 +49,15 @@ class Searches:
 
 
 def _query(item: Item) -> str | None:
-    """What was searched for, if that is told: in the action of a web search, in the JSON of a search on X."""
+    """What was searched for, if that is told: in the action of a web search, or in JSON within a string.
+
+    That is the input of a search on X; and the arguments of a search of the web, until the end of 2025.
+    """
     asked = item.action
-    if isinstance(item.input, str):
+    given = item.input or item.arguments
+    if isinstance(given, str) and given:
         try:
-            asked = msgspec.json.decode(item.input)
+            asked = msgspec.json.decode(given)
         except (ValueError, RecursionError):
             return None
     query = asked.get("query") if isinstance(asked, dict) else None
