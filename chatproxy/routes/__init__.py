@@ -6,7 +6,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from chatproxy.errors import MethodNotAllowed, NotFound
-from chatproxy.routes import operations
+from chatproxy.routes import openai, operations
 from chatproxy.routes.assets import Assets
 from chatproxy.routes.chat import chat
 from chatproxy.routes.openapi import openapi
@@ -21,6 +21,9 @@ def routes(try_page: bool) -> list[Route]:
         Route("/api/chat/{id}/stream", stream),
         Route("/api/chat/{id}/stop", stop, methods=["POST"]),
         Route("/api/chat/{id}", stop, methods=["DELETE"]),
+        Route("/v1/chat/completions", openai.completions, methods=["POST"]),
+        Route("/v1/models", openai.models),
+        Route("/v1/models/{id}", openai.model),
         Route("/healthz", operations.healthz),
         Route("/readyz", operations.readyz),
         Route("/metrics", operations.metrics),
