@@ -51,10 +51,10 @@ class StreamOptions(Struct, frozen=True):
     include_usage: bool | None = None
 
 
-class _Object(Struct, frozen=True): ...
+class AnyObject(Struct, frozen=True): ...
 
 
-class _Typed(Struct, frozen=True):
+class TypedObject(Struct, frozen=True):
     type: str
 
 
@@ -66,14 +66,14 @@ class CompletionRequest(Redacted, Struct, frozen=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     prompt_cache_key: str | None = None
-    web_search_options: _Object | None = None
-    tools: list[_Typed] | None = None
-    functions: list[_Object] | None = None
-    tool_choice: str | _Object | None = None
-    response_format: _Typed | None = None
+    web_search_options: AnyObject | None = None
+    tools: list[TypedObject] | None = None
+    functions: list[AnyObject] | None = None
+    tool_choice: str | AnyObject | None = None
+    response_format: TypedObject | None = None
     n: int | None = None
     modalities: list[str] | None = None
-    audio: _Object | None = None
+    audio: AnyObject | None = None
 
 
 _decoder = msgspec.json.Decoder(CompletionRequest)
@@ -91,7 +91,7 @@ def decode_request(body: bytes, request_id: str, *, model: str, created: int, ma
     for param, is_refused in (
         ("functions", bool(request.functions)),
         ("tool_choice", request.tool_choice not in (None, "none", "auto")),
-        ("response_format", request.response_format not in (None, _Typed("text"))),
+        ("response_format", request.response_format not in (None, TypedObject("text"))),
         ("n", request.n not in (None, 1)),
         ("modalities", request.modalities not in (None, [], ["text"])),
         ("audio", request.audio is not None),

@@ -55,7 +55,7 @@ class UIMessage(Redacted, Struct, frozen=True):
 
 
 class IgnoredObject(Struct, frozen=True):
-    """An object that means something to the page only."""
+    """An object that means something to the page only, whatever is in it."""
 
 
 class UIChatRequest(Redacted, Struct, frozen=True):
