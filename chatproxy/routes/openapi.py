@@ -40,19 +40,8 @@ from chatproxy.routes.state import AppState
 
 Object = dict[str, Any]
 
-_TYPES = (
-    ChatRequest,
-    UIChatRequest,
-    CompletionRequest,
-    Created,
-    ErrorBody,
-    FinishData,
-    Health,
-    Model,
-    ModelList,
-    Source,
-    ToolData,
-)
+_REQUESTS = (ChatRequest, UIChatRequest, CompletionRequest)
+_TYPES = (*_REQUESTS, Created, ErrorBody, FinishData, Health, Model, ModelList, Source, ToolData)
 _REFERENCES, _SCHEMAS = msgspec.json.schema_components(_TYPES, ref_template="#/components/schemas/{name}")
 _SCHEMA = dict(zip(_TYPES, _REFERENCES, strict=True))
 
