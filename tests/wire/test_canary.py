@@ -117,17 +117,12 @@ async def every_way(service: Service, scripts: list[Script]) -> list[httpx.Respo
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
-<<<<<<< HEAD
-@pytest.mark.parametrize("transport", ["fast", "httpx"])
-async def test_nowhere(log_format: str, transport: str) -> None:
-=======
 @pytest.mark.parametrize(
     ("transport", "api", "scripts"),
-    [("own", "chat", SCRIPTS), ("httpx", "chat", SCRIPTS), ("own", "responses", RESPONSES)],
-    ids=["own", "httpx", "responses"],
+    [("fast", "chat", SCRIPTS), ("httpx", "chat", SCRIPTS), ("fast", "responses", RESPONSES)],
+    ids=["fast", "httpx", "responses"],
 )
 async def test_nowhere(log_format: str, transport: str, api: str, scripts: list[Script]) -> None:
->>>>>>> 616089c
     """Neither in logs at the level of debugging, errors, metrics, nor the list of processes; through every failure."""
     last = stream(ANSWER, HANG) if api == "chat" else responses.answer(ANSWER, HANG)
     grok = Upstream(*scripts, *scripts, last, key=error(400, {"error": QUOTES}))
