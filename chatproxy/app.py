@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import NamedTuple
 
 import anyio
 from starlette.applications import Starlette
@@ -16,9 +17,36 @@ from chatproxy.routes import handle_http_exception, routes
 from chatproxy.routes.state import AppState
 from chatproxy.services.grok.client import Grok
 from chatproxy.services.grok.demo import demo
-from chatproxy.services.limits import BodyMemory, Concurrency, MemoryRateLimiter, ReaderLimit
-from chatproxy.services.store import MemoryStore
+from chatproxy.services.limits import BodyMemory, Concurrency, MemoryRateLimiter, RateLimiter, ReaderLimit
+from chatproxy.services.store import MemoryStore, StoreState
 from chatproxy.services.streams import StreamRegistry
+
+
+class Shared(NamedTuple):
+    """What replicas have in common; and what a single process has in its memory instead."""
+
+    streams: StreamRegistry
+    rate_limiter: RateLimiter
+    concurrency: Concurrency
+    store_state: StoreState
+
+
+@asynccontextmanager
+async def _shared(settings: Settings, metrics: Metrics, grok: Grok) -> AsyncIterator[Shared]:
+    readers = ReaderLimit(settings)
+    if settings.redis_url is None:
+        store = MemoryStore(settings.replay_bytes, settings.replay_total_bytes)
+        streams = StreamRegistry(store, settings, readers, metrics)
+        yield Shared(streams, MemoryRateLimiter(settings.rate_limit), Concurrency(settings), store)
+        return
+    from chatproxy.services.redis.replicas import Replicas  # noqa: PLC0415 -- a third of the start; not needed by others
+
+    replicas = Replicas(settings)
+    metrics.store_available.set_function(lambda: replicas.commands.available)
+    grok.on_rate_limited = replicas.remember_rate_limit
+    streams = StreamRegistry(replicas.store, settings, readers, metrics, replicas.directory)
+    async with replicas.running(streams, grok):
+        yield Shared(streams, replicas.rate_limiter, replicas.concurrency, replicas.commands)
 
 
 def create_app(settings: Settings) -> Starlette:
@@ -39,9 +67,8 @@ def create_app(settings: Settings) -> Starlette:
             stack.push_async_callback(grok.aclose)
             metrics.streams_in_flight.set_function(lambda: len(grok.running))
             lifecycle.completions = grok.running
-            store = MemoryStore(settings.replay_bytes, settings.replay_total_bytes)
-            streams = StreamRegistry(store, settings, ReaderLimit(settings), metrics)
-            stack.push_async_callback(streams.aclose)
+            shared = await stack.enter_async_context(_shared(settings, metrics, grok))
+            stack.push_async_callback(shared.streams.aclose)
             tasks = await stack.enter_async_context(anyio.create_task_group())
             tasks.start_soon(grok.watch_key)
             yield {
@@ -49,9 +76,10 @@ def create_app(settings: Settings) -> Starlette:
                 "metrics": metrics,
                 "lifecycle": lifecycle,
                 "grok": grok,
-                "streams": streams,
-                "rate_limiter": MemoryRateLimiter(settings.rate_limit),
-                "concurrency": Concurrency(settings),
+                "streams": shared.streams,
+                "rate_limiter": shared.rate_limiter,
+                "concurrency": shared.concurrency,
+                "store_state": shared.store_state,
                 "body_memory": BodyMemory(settings),
             }
             tasks.cancel_scope.cancel()

@@ -43,6 +43,12 @@ class ChatError(Exception):
         super().__init__(self.message)
 
 
+def by_code(code: str) -> type[ChatError]:
+    """The class with that code; InternalError for a code that is unknown."""
+    kinds = [kind for side in ChatError.__subclasses__() for kind in side.__subclasses__()]
+    return next((kind for kind in kinds if kind.code == code), InternalError)
+
+
 # The client's side.
 
 

@@ -63,6 +63,10 @@ class Metrics:
         self.unread_deltas = Counter(
             "chatproxy_unread_deltas", "Deltas received (and paid) that nobody ever read.", registry=registry
         )
+        self.store_available = Gauge(
+            "chatproxy_store_available", "1 while Redis can be reached; always, where there is none.", registry=registry
+        )
+        self.store_available.set(1)
         self.hang_up = Histogram(
             "chatproxy_hang_up_seconds",
             "From the client's disconnect to the closing of Grok's stream.",

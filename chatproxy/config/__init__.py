@@ -81,6 +81,10 @@ class Settings(Struct, frozen=True, kw_only=True):
     replay_bytes: Count = 4_000_000
     replay_total_bytes: Count = 64_000_000
 
+    redis_url: Secret | None = None
+    redis_prefix: str = "chatproxy:"
+    limits_without_redis: Literal["closed", "open"] = "closed"
+
     try_page: bool = True
 
     # Not variables of their own, but made of several.
@@ -99,10 +103,11 @@ class RateLimit(Struct, frozen=True):
 DERIVED = ("proxy", "warnings")
 
 # Their values are never shown. (People write passwords into addresses.)
-UNSHOWN = {"GROK_API_KEY", "XAI_API_KEY", "GROK_BASE_URL", "ACCESS_TOKENS", "SYSTEM_PROMPT"}
+UNSHOWN = {"GROK_API_KEY", "XAI_API_KEY", "GROK_BASE_URL", "ACCESS_TOKENS", "SYSTEM_PROMPT", "REDIS_URL"}
 
 # Read besides the variables that are named after an attribute.
 ALIASES = ("XAI_API_KEY", "GROK_API_KEY_FILE")
+FILES = ("REDIS_URL_FILE",)
 
 # The built-in demo is on this machine, and needs neither certificates nor a proxy.
 FOR_GROK_ONLY = ("SSL_CERT_FILE", "SSL_CERT_DIR")
@@ -113,7 +118,7 @@ OTHERS = re.compile(r"GROK_(SERVICE_(HOST|PORT)|PORT)(_\w+)?|GROQ_API_KEY")
 
 def variables() -> list[str]:
     """The names of all variables that are read, without those of proxies."""
-    return [field.upper() for field in Settings.__struct_fields__ if field not in DERIVED] + list(ALIASES)
+    return [field.upper() for field in Settings.__struct_fields__ if field not in DERIVED] + [*ALIASES, *FILES]
 
 
 def load(environ: Mapping[str, str], problems: Iterable[str] = ()) -> Settings:
@@ -135,6 +140,7 @@ def load(environ: Mapping[str, str], problems: Iterable[str] = ()) -> Settings:
         except ValueError as error:
             shown = "" if variable in UNSHOWN else f", not {given[variable][:80]!r}"
             found.append(f"{variable}: {_rule(field.type, error)}{shown}")
+    found += _redis(read, given)
     if read.get("grok_tools") and read.get("grok_api") != "responses":
         found.append("GROK_TOOLS: expected only with GROK_API=responses, for the other API has no tools")
     if not demo:
@@ -157,6 +163,19 @@ def _keys(given: Mapping[str, str]) -> tuple[set[str], list[str]]:
     if len(keys) > 1:
         problems.append(f"{' and '.join(names)}: expected one key, but they differ")
     return keys, problems
+
+
+def _redis(read: dict[str, Any], given: Mapping[str, str]) -> list[str]:
+    """Take the address from its file, and find what is wrong with that."""
+    if "REDIS_URL_FILE" not in given:
+        return []
+    try:
+        url = values.redis_url(values.secret_file(given["REDIS_URL_FILE"]))
+    except ValueError as error:
+        return [f"REDIS_URL_FILE: {error}"]
+    if read.setdefault("redis_url", Secret(url)) != url:
+        return ["REDIS_URL and REDIS_URL_FILE: expected one address, but they differ"]
+    return []
 
 
 def _value(field: msgspec.structs.FieldInfo, text: str) -> Any:
@@ -241,6 +260,9 @@ _PARSERS: dict[str, Any] = {
     "allowed_hosts": lambda value: list(values.hosts(value)),
     "access_tokens": values.tokens,
     "rate_limit": values.rate_limit,
+    "redis_url": values.redis_url,
+    "redis_prefix": values.redis_prefix,
+    "limits_without_redis": str.lower,
     "log_level": str.lower,
     "log_format": str.lower,
     "try_page": str.lower,

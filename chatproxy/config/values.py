@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from ipaddress import ip_address, ip_network
 from pathlib import Path
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from chatproxy.config.proxies import HOSTNAME, PORTS
 
@@ -37,14 +37,47 @@ def api_key(value: str) -> str:
 
 
 def api_key_file(path: str) -> str:
-    try:
-        with Path(path).open("rb") as file:
-            text = file.read(MAX_KEY_FILE).decode("utf-8-sig").strip()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot be read ({type(error).__name__})") from None
+    text = secret_file(path)
     if not text:
         raise ValueError("holds no key")
     return api_key(text)
+
+
+def secret_file(path: str) -> str:
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(MAX_KEY_FILE).decode("utf-8-sig").strip()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot be read ({type(error).__name__})") from None
+
+
+def redis_url(value: str) -> str:
+    """An address without options, but for the certificates to trust: others would undo what this service sets."""
+    rule = "expected an address such as redis://:password@redis.example:6379/0, rediss://… for TLS, or unix:///path"
+    if not re.fullmatch(r"[\x21-\x7e]+", value):
+        raise ValueError(rule)
+    url = urlsplit(value)
+    options = parse_qs(url.query, keep_blank_values=True)
+    try:
+        port_is_one = url.port is None or url.port > 0
+    except ValueError:
+        port_is_one = False
+    place = url.path.startswith("/") if url.scheme == "unix" else re.fullmatch(r"(/\d{0,5})?", url.path)
+    host = not url.hostname if url.scheme == "unix" else HOSTNAME.fullmatch(url.hostname or "")
+    if url.scheme not in ("redis", "rediss", "unix") or url.fragment or not (port_is_one and place and host):
+        raise ValueError(rule)
+    if set(options) - ({"ssl_ca_certs"} if url.scheme == "rediss" else {"db"} if url.scheme == "unix" else set()):
+        raise ValueError("expected no options in the address, other than ssl_ca_certs with rediss and db with unix")
+    if "ssl_ca_certs" in options:
+        certificates(options["ssl_ca_certs"][-1])
+    return value
+
+
+def redis_prefix(value: str) -> str:
+    # No braces, which mean something to a cluster, and no patterns.
+    if not re.fullmatch(r"[A-Za-z0-9._:-]{1,64}", value):
+        raise ValueError("expected 1 to 64 letters, digits and ._:- such as chatproxy:")
+    return value
 
 
 def model(value: str) -> str:

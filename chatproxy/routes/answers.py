@@ -22,7 +22,7 @@ from chatproxy.services.access import Caller, authenticate
 from chatproxy.services.grok.completion import Completion
 from chatproxy.services.limits import Admitted, BodyHold
 from chatproxy.services.relay import encode, relay
-from chatproxy.services.streams import ResumableStream
+from chatproxy.services.resumable import ResumableStream
 
 
 class Created(Struct):
@@ -132,8 +132,8 @@ async def _resumable(
         if stream is new:
             try:
                 headers = await state["rate_limiter"].acquire(caller)
-            except BaseException:
-                streams.discard(new)
+            except BaseException as error:
+                streams.discard(new, error)
                 raise
             streams.start(new, relay(prepared.upstream, prepared.summary))
         else:

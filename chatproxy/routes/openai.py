@@ -15,7 +15,7 @@ from chatproxy.routes.answers import answer
 from chatproxy.routes.responses import JSONResponse
 from chatproxy.routes.state import AppState
 from chatproxy.services.access import authenticate
-from chatproxy.services.streams import STREAM_ID
+from chatproxy.services.resumable import STREAM_ID
 
 
 class Model(Struct):

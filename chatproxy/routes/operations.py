@@ -12,11 +12,15 @@ from chatproxy.routes.state import AppState
 
 
 class Health(Struct, omit_defaults=True):
-    """Whether the service takes chats. `demo`: no key is set, answers come from the built-in demo."""
+    """Whether the service takes chats. `demo`: no key is set, answers come from the built-in demo.
+
+    `store`: Redis is away, so resumable answers are refused; a balancer should not mind, for it is so everywhere.
+    """
 
     status: Literal["ok", "unavailable"]
-    reason: Literal["draining", "upstream_auth"] | None = None
+    reason: Literal["draining", "upstream_auth", "store_unavailable"] | None = None
     demo: bool = False
+    store: Literal["unavailable"] | None = None
 
 
 async def healthz(_: Request[AppState]) -> Response:
@@ -32,7 +36,9 @@ async def readyz(request: Request[AppState]) -> Response:
         return JSONResponse(Health("unavailable", "draining", demo), 503)
     if not state["grok"].key_usable:
         return JSONResponse(Health("unavailable", "upstream_auth", demo), 503)
-    return JSONResponse(Health("ok", demo=demo))
+    if not state["store_state"].seen:
+        return JSONResponse(Health("unavailable", "store_unavailable", demo), 503)
+    return JSONResponse(Health("ok", demo=demo, store=None if state["store_state"].available else "unavailable"))
 
 
 async def metrics(request: Request[AppState]) -> Response:

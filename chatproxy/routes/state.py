@@ -8,6 +8,7 @@ from chatproxy.metrics import Metrics
 from chatproxy.routes.responses import RequestContext
 from chatproxy.services.grok.client import Grok
 from chatproxy.services.limits import BodyMemory, Concurrency, RateLimiter
+from chatproxy.services.store import StoreState
 from chatproxy.services.streams import StreamRegistry
 
 
@@ -21,5 +22,6 @@ class AppState(TypedDict):
     streams: StreamRegistry
     rate_limiter: RateLimiter
     concurrency: Concurrency
+    store_state: StoreState
     body_memory: BodyMemory
     context: NotRequired[RequestContext]  # of this request, from the middleware

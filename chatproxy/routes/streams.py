@@ -12,7 +12,7 @@ from chatproxy.routes.responses import EventSourceResponse
 from chatproxy.routes.state import AppState
 from chatproxy.services.access import anonymous
 from chatproxy.services.relay import Frames
-from chatproxy.services.streams import FINAL_EVENT_NUMBER, STREAM_ID, ResumableStream
+from chatproxy.services.resumable import FINAL_EVENT_NUMBER, STREAM_ID, ResumableStream
 
 
 async def stream(request: Request[AppState]) -> Response:

@@ -6,7 +6,7 @@ for HTTP".
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -67,15 +67,20 @@ class MemoryRateLimiter:
             del self._windows[next(iter(self._windows))]
         until, left = self._windows.get(caller.id, (now + rate.seconds, rate.count))
         wait = math.ceil(until - now)
-        headers = {
-            "RateLimit-Policy": f'"chats";q={rate.count};w={rate.seconds}',
-            "RateLimit": f'"chats";r={max(0, left - count)};t={wait}',
-        }
+        headers = rate_limit_headers(rate, max(0, left - count), wait)
         if not left:
             raise RateLimited(retry_after=wait, headers=headers)
         if count:
             self._windows[caller.id] = until, left - count
         return headers
+
+
+def rate_limit_headers(rate: RateLimit, left: int, seconds: int) -> dict[str, str]:
+    """How many chats are left of a rate, and in how many seconds there are all again."""
+    return {
+        "RateLimit-Policy": f'"chats";q={rate.count};w={rate.seconds}',
+        "RateLimit": f'"chats";r={left};t={seconds}',
+    }
 
 
 class Lease(Protocol):
@@ -94,6 +99,10 @@ class Tally:
 
     def __getitem__(self, key: str) -> int:
         return self._counts.get(key, 0)
+
+    def keys(self) -> Iterable[str]:
+        """Of which there are any."""
+        return self._counts.keys()
 
     def add(self, key: str) -> None:
         self.total += 1

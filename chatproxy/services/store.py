@@ -16,14 +16,26 @@ MAX_BATCH_FRAMES = 256
 MAX_BATCH_BYTES = 65_536
 
 
+class StoreState(Protocol):
+    """Whether what is kept can be reached."""
+
+    @property
+    def seen(self) -> bool:
+        """It could be, at least once."""
+
+    @property
+    def available(self) -> bool:
+        """It can be now."""
+
+
 class EventStore(Protocol):
     """Keeps frames for readers that come back. Any call may raise a ServiceError if the store is out of reach."""
 
     async def create(self, stream: str) -> None:
         """Begin a stream. Raises Busy if there is no room for another one."""
 
-    async def append(self, stream: str, frames: Sequence[bytes]) -> None:
-        """Add frames to a stream, and wake those who read it."""
+    async def append(self, stream: str, frames: Sequence[bytes], *, last: bool = False) -> None:
+        """Add frames to a stream, and wake those who read it. `last`: the answer's end is the last of them."""
 
     async def close(self, stream: str, keep: float) -> None:
         """Nothing will be appended any more; forget the stream in `keep` seconds. Its readers may read on."""
@@ -74,6 +86,8 @@ class MemoryStore:
     is refused where nothing can go.
     """
 
+    seen = available = True  # see StoreState
+
     def __init__(self, stream_bytes: int, total_bytes: int) -> None:
         self.size = 0  # bytes that are held, also for readers of streams that are closed or expired
         self._stream_bytes = stream_bytes
@@ -83,14 +97,23 @@ class MemoryStore:
 
     async def create(self, stream: str) -> None:
         """Begin a stream."""
+        self.begin(stream)
+
+    def begin(self, stream: str, dropped: int = 0) -> None:
+        """The same, of which so many frames from the beginning are not kept. Raises Busy."""
         if self.size >= self._total_bytes:
             self._make_room(self._total_bytes - self._total_bytes // 20, unread=False)
             if self.size >= self._total_bytes:
                 raise Busy
-        self._logs[stream] = _Log()
+        log = self._logs[stream] = _Log()
+        log.dropped = dropped
 
-    async def append(self, stream: str, frames: Sequence[bytes]) -> None:
+    async def append(self, stream: str, frames: Sequence[bytes], *, last: bool = False) -> None:  # noqa: ARG002
         """Add frames."""
+        self.add(stream, frames)
+
+    def add(self, stream: str, frames: Sequence[bytes]) -> None:
+        """The same."""
         log = self._logs[stream]
         log.frames.extend(frames)
         size = sum(map(_size, frames))
@@ -107,10 +130,32 @@ class MemoryStore:
 
     async def close(self, stream: str, keep: float) -> None:
         """End a stream."""
+        self.finish(stream)
+        asyncio.get_running_loop().call_later(keep, self._expire, stream)  # by its name: eviction may come first
+
+    def finish(self, stream: str) -> None:
+        """The same, for one that is kept until `forget` or eviction."""
         log = self._closed[stream] = self._logs[stream]
         log.closed = True
         self._wake(log)
-        asyncio.get_running_loop().call_later(keep, self._expire, stream)  # by its name: eviction may come first
+
+    def peek(self, stream: str, after: int, max_bytes: int) -> tuple[int, int, list[bytes]]:
+        """How many frames are no longer kept, the last one's number, and what is next after `after`.
+
+        Where that is no longer kept, it is the first that is; at least one, if there is one. Raises StreamNotFound.
+        """
+        log = self._log(stream)
+        frames = _batch(log.frames, max(0, after - log.dropped), max_bytes)
+        return log.dropped, log.dropped + len(log.frames), frames
+
+    def __contains__(self, stream: str) -> bool:
+        return stream in self._logs
+
+    def forget(self, stream: str) -> None:
+        """Keep nothing of a stream, if anything is."""
+        if stream in self._logs:
+            self._closed.setdefault(stream, self._logs[stream])
+            self._forget(stream)
 
     async def last(self, stream: str) -> tuple[int, bool]:
         """Where a stream ends."""
@@ -127,7 +172,7 @@ class MemoryStore:
                 start = after - log.dropped
                 if start < 0:
                     raise ReplayLost
-                if batch := _batch(log.frames, start):
+                if batch := _batch(log.frames, start, MAX_BATCH_BYTES):
                     after += len(batch)
                     yield batch
                     log.move(reader, after)
@@ -183,13 +228,13 @@ class MemoryStore:
         log.changed.clear()
 
 
-def _batch(frames: deque[bytes], start: int) -> list[bytes]:
+def _batch(frames: deque[bytes], start: int, max_bytes: int) -> list[bytes]:
     """The next frames, up to the bounds of a batch; at least one if there is one."""
     batch: list[bytes] = []
     size = 0
     for i in range(start, min(start + MAX_BATCH_FRAMES, len(frames))):
         size += len(frames[i])
-        if batch and size > MAX_BATCH_BYTES:
+        if batch and size > max_bytes:
             break
         batch.append(frames[i])
     return batch

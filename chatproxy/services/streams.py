@@ -1,16 +1,15 @@
 """Resumable streams: the task that reads an answer whoever listens, its readers, its idempotency key, its end.
 
-Does not know HTTP, httpx, or what a frame means. The frames themselves are in an `EventStore`.
+Does not know HTTP, httpx, or what a frame means. The frames themselves are in an `EventStore`; answers that other
+replicas are reading are found through a `Directory`, and then read like those of this process.
 """
 
 import asyncio
 import logging
 import re
-import secrets
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Coroutine, Iterator
 from contextlib import aclosing, contextmanager
-from itertools import count
-from typing import Protocol
+from typing import Any
 
 import anyio
 
@@ -21,71 +20,48 @@ from chatproxy.errors import (
     ChatError,
     InternalError,
     InvalidLastEventID,
-    InvalidRequest,
     ReplayLost,
     Stopped,
+    StoreUnavailable,
     StreamNotFound,
     StreamTimeout,
+    UpstreamCutOff,
 )
-from chatproxy.events import Failed, StreamSummary
-from chatproxy.formats import MakeFormat
+from chatproxy.events import Failed
 from chatproxy.metrics import Metrics
 from chatproxy.services.access import Caller
 from chatproxy.services.limits import ReaderLimit
 from chatproxy.services.relay import Batch, Frames
+from chatproxy.services.resumable import (
+    FINAL_EVENT_NUMBER,
+    Directory,
+    ResumableStream,
+    SingleReplica,
+    other_body,
+)
 from chatproxy.services.store import EventStore
 
 log = logging.getLogger(__name__)
 
 RECONNECTION_TIME = 2000  # milliseconds that a browser waits before it reconnects
-STREAM_ID = r"[A-Za-z0-9_-]{22}"  # the form of their ids
 
-# The number in the id of a failure that is a reader's own: an event after which there is nothing, whatever comes.
-FINAL_EVENT_NUMBER = 2**53 - 1
-
-
-class Upstream(Protocol):
-    """What can be done to the completion that a stream is made of."""
-
-    def cancel_with(self, error: Exception) -> None: ...
-
-
-class ResumableStream:
-    """One resumable answer, from its request until it is forgotten."""
-
-    def __init__(
-        self,
-        upstream: Upstream,
-        summary: StreamSummary,
-        make_format: MakeFormat,
-        key: tuple[str, str] | None,
-        body_digest: bytes,
-        name: str | None = None,
-    ) -> None:
-        id = self.id = secrets.token_urlsafe(16)  # 128 bits: it is the ticket of whoever reads the answer
-        self.name = name  # another one, chosen by the client
-        self.upstream: Upstream | None = upstream  # until it has ended
-        self.summary = summary
-        self.key = key
-        self.body_digest = body_digest
-        self.first_chunk_or_error = asyncio.Event()
-        self.error: ChatError | None = None  # before the status was sent; or the store's
-        self.status_sent = False  # whoever asked knows the id
-        self.readers = 0
-        self.written = 0  # frames
-        self.read, self.read_to_end = 0, False  # the highest number given to any reader; whether one has taken all
-        self.abandon_timer: asyncio.TimerHandle | None = None
-        numbers = count(1)
-        self.format = make_format(id, lambda data, type: sse.encode(data, type, f"{id}-{next(numbers)}"))
-        # A failure of one reader's own has an id, too, so that it does not come back.
-        self.reader_format = make_format(id, lambda data, type: sse.encode(data, type, f"{id}-{FINAL_EVENT_NUMBER}"))
+# Seconds between two looks at whether other replicas still have readers of an answer that nobody reads here.
+UNREAD_CHECK = 1.0
 
 
 class StreamRegistry:
     """The resumable streams of this process."""
 
-    def __init__(self, store: EventStore, settings: Settings, readers: ReaderLimit, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        store: EventStore,
+        settings: Settings,
+        readers: ReaderLimit,
+        metrics: Metrics,
+        directory: Directory | None = None,
+    ) -> None:
         self._store = store
+        self._directory = directory or SingleReplica()
         self._settings = settings
         self._readers = readers
         self._metrics = metrics
@@ -95,41 +71,51 @@ class StreamRegistry:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def find(self, id: str) -> ResumableStream:
-        """Raises StreamNotFound."""
-        try:
-            return self._streams[id]
-        except KeyError:
-            raise StreamNotFound from None
+        """Raises StreamNotFound, and StoreUnavailable where it may be another replica's."""
+        return self._streams.get(id) or await self._directory.find(id)
 
     async def find_by_name(self, name: str) -> ResumableStream | None:
-        """The last stream of that name, if it has not been read to its end."""
-        stream = self._names.get(name.lower())
+        """The last stream of that name, if it has not been read to its end. Raises StoreUnavailable."""
+        stream = await self._directory.find_by_name(name.lower(), self._names.get(name.lower()))
         return stream if stream is not None and not stream.read_to_end else None
 
     async def claim(self, stream: ResumableStream) -> ResumableStream:
         """Make a new stream known; or give the one that its idempotency key has started, and forget the new one.
 
-        Raises InvalidRequest if that one had another body.
+        Raises InvalidRequest if that one had another body, and StoreUnavailable.
         """
         first = self._keys.setdefault(stream.key, stream) if stream.key else stream
         if first.body_digest != stream.body_digest:
-            raise InvalidRequest("This Idempotency-Key was used with another body.", param="Idempotency-Key")
-        if first is stream:
-            self._streams[stream.id] = stream
+            raise other_body()
+        if first is not stream:
+            await first.claimed.wait()  # whoever was first may be asking the other replicas
+            return first.taken_by or first
+        self._streams[stream.id] = stream
+        try:
+            first = await self._directory.claim(stream)
+        except BaseException as error:
+            self.discard(stream, error)
+            raise
+        if first is not stream:
+            stream.taken_by = first
+            del self._streams[stream.id]
+            self._release_names(stream)
+        stream.claimed.set()
         return first
 
-    def discard(self, stream: ResumableStream) -> None:
-        """Forget a stream that was not started."""
+    def discard(self, stream: ResumableStream, error: BaseException) -> None:
+        """Forget a stream that was not started, because of that error. Whoever waits for it gets the same one."""
         del self._streams[stream.id]
-        self._release_names(stream)
+        stream.upstream = None
+        self._refuse(stream, _copy(error) if isinstance(error, ChatError) else StoreUnavailable())
+        stream.first_chunk_or_error.set()
+        stream.claimed.set()
 
     def start(self, stream: ResumableStream, batches: AsyncGenerator[Batch, None]) -> None:
         """Begin to read the answer, whoever listens. It takes the place of an older one with the same name."""
         if stream.name:
             self._names[stream.name] = stream
-        task = asyncio.create_task(self._run(stream, batches))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._start_task(self._run(stream, batches))
 
     async def wait_for_status(self, stream: ResumableStream, caller: Caller) -> None:
         """Wait until the status of a stream is known, at most STATUS_HOLD seconds. Raises ChatError."""
@@ -166,10 +152,26 @@ class StreamRegistry:
         return number, number < last or not closed or stream.error is not None
 
     async def stop(self, id: str) -> None:
-        """End an answer, if it is still running: by its id, or by its name."""
+        """End an answer, if it is still running: by its id, or by its name. Raises StoreUnavailable."""
+        if not self.stop_own(id) and id not in self._streams:
+            await self._directory.stop(id)
+
+    def stop_own(self, id: str) -> bool:
+        """The same for answers of this process; whether it was one that is running."""
         stream = self._streams.get(id) or self._names.get(id.lower())
-        if stream is not None and stream.upstream is not None:
-            stream.upstream.cancel_with(Stopped())
+        if stream is None or stream.upstream is None:
+            return False
+        stream.upstream.cancel_with(Stopped())
+        return True
+
+    def disown(self, id: str) -> None:
+        """Other replicas took this one for dead, and have told an end of that answer. It goes on for readers here."""
+        stream = self._streams.pop(id, None)
+        if stream is not None:
+            self._release_names(stream)
+            stream.disowned = True
+            if stream.upstream is not None and not stream.readers:
+                stream.upstream.cancel_with(UpstreamCutOff())
 
     async def aclose(self) -> None:
         """End every stream without a word."""
@@ -181,9 +183,7 @@ class StreamRegistry:
         with anyio.move_on_after(self._settings.status_hold):
             await stream.first_chunk_or_error.wait()
         if stream.error is not None and not stream.status_sent:
-            raise type(stream.error)(
-                stream.error.message, retry_after=stream.error.retry_after, headers=stream.error.headers
-            )
+            raise _copy(stream.error)
         stream.status_sent = True
 
     async def _read(self, stream: ResumableStream, after: int) -> AsyncGenerator[Frames, None]:
@@ -201,6 +201,7 @@ class StreamRegistry:
                     if asyncio.get_running_loop().time() > deadline:
                         raise StreamTimeout
             stream.read_to_end = True
+            self._directory.note_read(stream)
             error = stream.error  # the store's: the end of the answer could not be kept
         except StreamNotFound:
             error = ReplayLost()
@@ -222,7 +223,7 @@ class StreamRegistry:
                     created = True
                     async for events, last in batches:  # pragma: no branch -- one is the last
                         frames = stream.format.encode(events)
-                        await store.append(stream.id, frames)
+                        await store.append(stream.id, frames, last=last)
                         stream.written += len(frames)
                         stream.first_chunk_or_error.set()
                         if last:
@@ -258,19 +259,27 @@ class StreamRegistry:
         stream.summary.close("failed", error.code)
         if stream.status_sent and created:
             try:
-                await self._store.append(stream.id, stream.format.encode([Failed(error)]))
+                await self._store.append(stream.id, stream.format.encode([Failed(error)]), last=True)
                 stream.written += 1
                 return
             except ChatError as failure:
                 log.warning("%s: the end of a stream could not be kept", failure.code)
             except Exception:
                 log.exception("the end of a stream could not be kept")
-        stream.error = error.with_traceback(None)
-        if not stream.status_sent:
-            self._release_names(stream)  # the next try with this key starts anew
+        if stream.status_sent:
+            stream.error = error.with_traceback(None)
+        else:
+            self._refuse(stream, error.with_traceback(None))
+
+    def _refuse(self, stream: ResumableStream, error: ChatError) -> None:
+        stream.error = error
+        self._release_names(stream)  # the next try with this key starts anew
+        self._directory.release(stream)
 
     def _forget(self, id: str) -> None:
-        stream = self._streams.pop(id)
+        stream = self._streams.pop(id, None)
+        if stream is None:  # disowned
+            return
         self._release_names(stream)
         # The last frame is the end; before the first delta there may be others.
         self._metrics.unread_deltas.inc(max(0, min(stream.summary.deltas, stream.written - 1 - stream.read)))
@@ -294,7 +303,29 @@ class StreamRegistry:
                 stream.readers -= 1
                 if not stream.readers and stream.upstream is not None:
                     # Whoever left before the status, and gave no key or name, has no way to come back.
-                    can_return = stream.status_sent or stream.key or stream.name
+                    can_return = not stream.disowned and (stream.status_sent or stream.key or stream.name)
                     window = self._settings.resume_window if can_return else 0
                     loop = asyncio.get_running_loop()
-                    stream.abandon_timer = loop.call_later(window, stream.upstream.cancel_with, Abandoned())
+                    stream.abandon_timer = loop.call_later(window, self._abandon, stream, window)
+
+    def _abandon(self, stream: ResumableStream, window: float) -> None:
+        stream.abandon_timer = self._start_task(self._abandon_unless_read(stream, window))
+
+    async def _abandon_unless_read(self, stream: ResumableStream, window: float) -> None:
+        while window and await self._directory.has_readers(stream):
+            while await self._directory.has_readers(stream):  # noqa: ASYNC110 -- nobody tells when they leave
+                await asyncio.sleep(UNREAD_CHECK)
+            await asyncio.sleep(window)
+        if stream.upstream is not None:
+            stream.upstream.cancel_with(Abandoned())
+
+    def _start_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _copy(error: ChatError) -> ChatError:
+    """The same for another one who is told: raising an error adds to its traceback."""
+    return type(error)(error.message, param=error.param, retry_after=error.retry_after, headers=error.headers)

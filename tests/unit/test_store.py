@@ -14,6 +14,7 @@ from chatproxy.errors import (
     Busy,
     ChatError,
     InvalidRequest,
+    RateLimited,
     ReplayLost,
     Stopped,
     StoreUnavailable,
@@ -196,7 +197,7 @@ class Remote:
         await asyncio.sleep(0.001)
         await self._store.create(stream)
 
-    async def append(self, stream: str, frames: Sequence[bytes]) -> None:
+    async def append(self, stream: str, frames: Sequence[bytes], *, last: bool = False) -> None:
         await asyncio.sleep(0.001)
         await self._store.append(stream, frames)
 
@@ -294,7 +295,7 @@ async def test_nothing_is_left() -> None:
         await streams.claim(new(("a", "key"), b"other"))
     another = new(("b", "key"), b"other")
     assert await streams.claim(another) is another
-    streams.discard(another)
+    streams.discard(another, RateLimited())
     async with asyncio.timeout(5):
         async for _ in streams.follow(stream, CALLER):
             pass
@@ -362,7 +363,7 @@ class Failing(MemoryStore):
         self._call()
         await super().create(stream)
 
-    async def append(self, stream: str, frames: Sequence[bytes]) -> None:
+    async def append(self, stream: str, frames: Sequence[bytes], *, last: bool = False) -> None:
         self._call()
         await super().append(stream, frames)
 

@@ -3,6 +3,7 @@
 Does not know ASGI, browsers, or what an answer looks like to them.
 """
 
+import asyncio
 import contextlib
 import hashlib
 import logging
@@ -57,6 +58,7 @@ class Grok:
         self.running: set[Completion] = set()
         self.key_usable = True
         self.rate_limited_until = 0.0  # on the loop's clock
+        self.on_rate_limited: Callable[[float], None] = lambda _: None  # told for how many seconds
         path = responses.PATH if settings.grok_api == "responses" else chat_completions.PATH
         self._url = httpx.URL(base_url + path)
         self._key_url = httpx.URL(f"{base_url}/api-key")
@@ -92,6 +94,15 @@ class Grok:
             make_decoder = chat_completions.Decoder
         headers["Content-Length"] = str(len(content))
         return Completion(self, content, headers, make_decoder)
+
+    def remember_rate_limit(self, seconds: float) -> None:
+        """Grok has told to wait for so long: nobody asks until then."""
+        self.rate_limited_until = asyncio.get_running_loop().time() + seconds
+        self.on_rate_limited(seconds)
+
+    def wait_until_over(self, seconds: float) -> None:
+        """Another replica was told so."""
+        self.rate_limited_until = max(self.rate_limited_until, asyncio.get_running_loop().time() + seconds)
 
     async def send(self, content: bytes, headers: httpx.Headers) -> httpx.Response:
         """Ask once. The body of the response is still to be read. Raises httpx.TransportError."""

@@ -251,7 +251,7 @@ class Completion(CancellableWait):
             after = failures.parse_retry_after(response.headers.get("retry-after", ""))
             error.retry_after = after or error.retry_after
             if isinstance(error, UpstreamRateLimited) and after is not None:
-                self._grok.rate_limited_until = self._loop.time() + after
+                self._grok.remember_rate_limit(after)
         self._grok.log_failure(error, failures.describe(status, body))
         # 525 and 526: TLS trouble between Cloudflare and xAI, which no retry mends.
         retry = isinstance(error, UpstreamRateLimited) or (status >= 500 and status not in (525, 526))

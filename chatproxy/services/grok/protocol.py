@@ -18,6 +18,9 @@ class Client(Protocol):
     rate_limited_until: float
     """On the loop's clock: until then Grok would answer 429."""
 
+    def remember_rate_limit(self, seconds: float) -> None:
+        """Grok has told to wait for so long."""
+
     async def send(self, content: bytes, headers: httpx.Headers) -> httpx.Response:
         """Ask once. Raises httpx.TransportError."""
 
