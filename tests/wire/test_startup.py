@@ -122,10 +122,8 @@ async def test_certificates_to_trust(transport: str, tmp_path: Path) -> None:
 async def listening(stderr: asyncio.StreamReader) -> str:
     """What the log says about where the service listens, once it does."""
     async with asyncio.timeout(30):
-        while line := (await stderr.readline()).decode():
-            if found := re.search(r" info listening on (.*)\n", line):
-                return found[1]
-    raise EOFError
+        text = (await stderr.readuntil(b": open http")) + await stderr.readline()
+    return text.decode().rpartition(" info listening on ")[2].rstrip()
 
 
 def health_check() -> list[str]:
