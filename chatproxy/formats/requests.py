@@ -61,10 +61,8 @@ def join_texts(parts: Sequence[Raw], where: str, is_refused: Callable[[bytes], b
     """
     texts = []
     for number, raw in enumerate(parts):
-        try:
-            part = _part_decoder.decode(raw)
-        except msgspec.ValidationError:  # no object
-            part = _Part()
+        json = bytes(raw)
+        part = _part_decoder.decode(json) if json.startswith(b"{") else _Part()
         type = bytes(part.type)
         if type == b'"text"':
             try:
