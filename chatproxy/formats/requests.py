@@ -49,6 +49,7 @@ class _Part(Struct):
     text: Raw = Raw()
 
 
+_NO_OBJECT = _Part()
 _part_decoder = msgspec.json.Decoder(_Part)
 _string_decoder = msgspec.json.Decoder(str)
 
@@ -62,7 +63,7 @@ def join_texts(parts: Sequence[Raw], where: str, is_refused: Callable[[bytes], b
     texts = []
     for number, raw in enumerate(parts):
         json = bytes(raw)
-        part = _part_decoder.decode(json) if json.startswith(b"{") else _Part()
+        part = _part_decoder.decode(json) if json[:1] == b"{" else _NO_OBJECT
         type = bytes(part.type)
         if type == b'"text"':
             try:

@@ -585,6 +585,7 @@ async def test_cut_anywhere(grok: Upstream) -> None:
         gates[str(position)] = gate
         async with service.caller() as caller:
             await caller.post(ui_body(chat, messages=[message(str(position))]))
+            await caller.head()
             received = b""
             while len(received) < position:
                 await asyncio.wait_for(gate.reached.wait(), 10)
