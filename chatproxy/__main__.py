@@ -1,4 +1,4 @@
-"""Start the process: environment, settings, server. `python -m chatproxy [--reload]`"""
+"""Start the process: environment, settings, server. `python -m chatproxy [--reload]`, or `… doctor URL`"""
 
 import argparse
 import asyncio
@@ -23,7 +23,22 @@ from chatproxy.server import listen, serve
 def main() -> None:
     parser = argparse.ArgumentParser(prog="chatproxy", description="Grok on a web page, as server-sent events.")
     parser.add_argument("--reload", action="store_true", help="restart when the code changes (development)")
-    reload = parser.parse_args().reload
+    commands = parser.add_subparsers(dest="command", metavar="doctor URL")
+    doctor = commands.add_parser("doctor", help="examine a deployed service; see `doctor --help`")
+    doctor.add_argument("url", help="its address, such as https://chat.example.com")
+    doctor.add_argument("--origin", metavar="URL", help="another site whose pages are to call it")
+    doctor.add_argument(
+        "--token",
+        default=os.environ.get("CHATPROXY_TOKEN"),
+        help="a token that may start answers; better in CHATPROXY_TOKEN",
+    )
+    doctor.add_argument("--json", action="store_true", help="the report for programs")
+    given = parser.parse_args()
+    if given.command == "doctor":
+        from chatproxy.doctor.command import run as examine  # noqa: PLC0415 -- the service has no use for it
+
+        sys.exit(examine(given.url, given.origin, given.token, given.json))
+    reload = given.reload
     settings = configure()
     # An answer takes two files, and MAX_STREAMS of them more than the 1,024 that a process is usually given.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -27,6 +27,9 @@ Set `GROK_API_KEY` and restart to talk to the real one.
 # About the pace at which one reads along.
 PAUSE = 0.03
 
+# A message may ask for another pace, to see what becomes of a slow or silent answer on its way.
+_PACE = re.compile(rb"one word every (\d{1,2}(?:\.\d{1,3})?) s")
+
 
 @asynccontextmanager
 async def demo() -> AsyncIterator[str]:
@@ -55,14 +58,16 @@ async def _converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) 
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).lower()
                 length = re.search(rb"\r\ncontent-length: *(\d+)", head)
-                await reader.readexactly(int(length[1]) if length else 0)
+                body = await reader.readexactly(int(length[1]) if length else 0)
                 if head.startswith(b"post"):
                     writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n")
                     writer.write(b"transfer-encoding: chunked\r\n\r\n")
+                    asked = _PACE.search(body)
+                    pace = float(asked[1]) if asked else PAUSE
                     for frame in _frames():
                         writer.write(b"%x\r\n%b\r\n" % (len(frame), frame))
                         await writer.drain()
-                        await asyncio.sleep(PAUSE)
+                        await asyncio.sleep(pace if b'"content"' in frame else PAUSE)
                     writer.write(b"0\r\n\r\n")
                 else:  # GET /api-key
                     writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}")
