@@ -34,13 +34,13 @@ async def examine(visit: Visit) -> None:
         if location:
             await _stop(visit, location)
         return
-    await _resume(visit, reply, location)
+    whole = await _resume(visit, reply, location)
     if not visit.demo:
         _silences(visit, reply)
         visit.tell("leaving", None, "cannot be seen with one short answer of Grok's, only with the demo's")
-    elif arrivals.kind == "held":
+    elif arrivals.kind == "held" or not whole:
         for name in ("keep-alive", "leaving"):
-            visit.tell(name, None, "cannot be seen while answers are held back")
+            visit.tell(name, None, "cannot be seen while answers do not arrive as they should")
     else:
         checks = await asyncio.gather(_silence(visit), _leave(visit))
         for name, (ok, message, fixes) in zip(("keep-alive", "leaving"), checks, strict=True):
@@ -102,52 +102,51 @@ def _last_id(events: Sequence[Event]) -> str:
     return events[-1].id if events else ""
 
 
-async def _resume(visit: Visit, first: Reply, location: str | None) -> None:
-    """The rest of the answer over other connections, once ours is dropped, and all of it once more to compare."""
+async def _resume(visit: Visit, first: Reply, location: str | None) -> bool:
+    """The rest of the answer over other connections, once ours is dropped. Whether none of them broke off."""
     if location is None:
         visit.tell("resume", False, "Content-Location does not arrive", advice.HEADERS)
-        return
+        return False
     url = urljoin(visit.target.url + "/", location)
     prefix = visit.target.prefix
     if not urlsplit(url).path.startswith(f"{prefix}/api/"):
-        text = f"the service does not know its prefix: set ROOT_PATH={prefix}"
-        visit.tell("resume", False, text)
-        return
+        visit.tell("resume", False, f"the service does not know its prefix: set ROOT_PATH={prefix}")
+        return False
     known = first.texts if first.ended != "done" else first.texts[: len(first.texts) // 2]
     replies, texts, id = [first], list(known), _last_id(known)
-    while replies[-1].ended in ("left", "cut") or replies == [first]:
-        reply = await visit.ask("GET", url, _reading(visit, id), within=visit.left)
-        replies.append(reply)
-        texts += reply.texts
-        id = _last_id(reply.events) or id
-        if reply.status != 200 or len(replies) > TRIES:
-            break
+    while replies[-1] is first or (replies[-1].ended == "cut" and replies[-1].status == 200 and len(replies) <= TRIES):
+        replies.append(await visit.ask("GET", url, _reading(visit, id), within=visit.left))
+        texts += replies[-1].texts
+        id = _last_id(replies[-1].events) or id
     last = replies[-1]
     if visit.demo is None:
         visit.demo = any('"model":"demo"' in event.data for event in last.events if event.type == "finish")
-    cuts = [reply for reply in replies if reply.ended == "cut" and reply.status == 200]
-    if cuts:
-        seconds = cuts[0].ended_at - cuts[0].asked_at
-        text = f"broken off after {seconds:.1f} s, without [DONE] or an error"
+    cut = next((reply for reply in replies if reply.status == 200 and reply.ended == "cut"), None)
+    if cut:
+        text = f"broken off after {cut.ended_at - cut.asked_at:.1f} s, without [DONE] or an error"
         visit.tell("ending", False, text, advice.CUT)
-    elif last.ended == "failed":
-        visit.tell("ending", False, f"the answer failed: {last.code}")
     elif last.status == 200:
-        visit.tell("ending", last.ended == "done", "[DONE]" if last.ended == "done" else f"none: {last.problem}")
-    if last.status != 200:
-        lost = last.code == "stream_not_found"
-        message, fixes = visit.explain(last)
-        another = f"{message}: another replica? Set REDIS_URL"
-        visit.tell("resume", False, another if lost else message, fixes)
+        failed = f"the answer failed: {last.code}" if last.ended == "failed" else f"none: {last.problem}"
+        visit.tell("ending", last.ended == "done", "[DONE]" if last.ended == "done" else failed)
+    if last.code == "stream_not_found":
+        visit.tell("resume", False, "404: another replica has the answer? Set REDIS_URL")
+    elif last.status != 200:
+        visit.tell("resume", False, *visit.explain(last))
     elif last.ended == "done":
-        again = await visit.ask("GET", url, _reading(visit), within=visit.left)
-        numbers = [int(event.id.rpartition("-")[2] or 0) for event in texts]
-        exact = "".join(event.data for event in texts) == "".join(event.data for event in again.texts)
-        if numbers == list(range(1, len(texts) + 1)) and (exact or again.ended != "done"):
-            visit.tell("resume", True, f"dropped after {len(known)} tokens, and nothing is missing")
-        else:
-            visit.tell("resume", False, "what came after the drop does not fit: is something cached?", advice.HEADERS)
+        await _compare(visit, url, known, texts)
     await _stop(visit, location, tell=last.ended == "done")
+    return cut is None
+
+
+async def _compare(visit: Visit, url: str, known: Sequence[Event], texts: Sequence[Event]) -> None:
+    """What came before and after the drop, with all of it in one piece."""
+    again = await visit.ask("GET", url, _reading(visit), within=visit.left)
+    exact = [(event.id, event.data) for event in texts] == [(event.id, event.data) for event in again.texts]
+    if exact or again.ended != "done":
+        visit.tell("resume", True, f"dropped after {len(known)} tokens, and nothing is missing")
+    else:
+        text = f"{len(texts)} tokens around the drop, {len(again.texts)} in one piece: is something cached?"
+        visit.tell("resume", False, text, advice.HEADERS)
 
 
 def _reading(visit: Visit, id: str = "") -> dict[str, str]:
@@ -185,19 +184,24 @@ Verdict = tuple[bool | None, str, dict[str, str]]
 async def _silence(visit: Visit) -> Verdict:
     """Whether a stream survives silence, and its keep-alive comments arrive."""
     pace = f"one word every {visit.silence + 2:.1f} s"
-    reply = await visit.start(pace, visit.left, lambda reply: bool(reply.comments), silence=visit.silence)
+    reply = await visit.start(pace, visit.left, _kept_alive, silence=visit.silence)
     if location := reply.headers.get("content-location"):
         await _stop(visit, location)
-    if reply.status != 200 or not reply.events:
+    if reply.status != 200 or not reply.texts:
         return None, f"not seen: {visit.explain(reply)[0]}", {}
-    since = reply.events[-1].at
+    since = reply.texts[-1].at
     if reply.ended == "left":
-        return True, f"after {reply.comments[0] - since:.1f} s of silence", {}
+        return True, f"after {reply.comments[-1] - since:.1f} s of silence", {}
     if reply.ended == "cut":
         seconds = reply.ended_at - since
         text = f"cut off after {seconds:.1f} s of silence: let the proxy wait longer, or set KEEP_ALIVE below that"
         return False, text, advice.IDLE
     return None, f"none within {visit.silence:.0f} s; proxies must wait for longer than KEEP_ALIVE", {}
+
+
+def _kept_alive(reply: Reply) -> bool:
+    """Whether a comment has come after a token. (Before the first one the demo is silent only as it happens.)"""
+    return bool(reply.texts and reply.comments) and reply.comments[-1] > reply.texts[-1].at
 
 
 async def _leave(visit: Visit) -> Verdict:

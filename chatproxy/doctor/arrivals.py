@@ -32,8 +32,8 @@ class Arrivals:
 
     @property
     def delayed(self) -> bool:
-        """Whether the gap is the 200 ms for which Linux keeps back what a program says is to be continued."""
-        return self.kind == "lumps" and 0.15 < self.gap < 0.26
+        """Whether the gap is the 200 ms, and a token, for which Linux keeps back what is said to be continued."""
+        return self.kind == "lumps" and 0.15 < self.gap < 0.3
 
 
 def judge(times: Sequence[float]) -> Arrivals:
