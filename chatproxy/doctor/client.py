@@ -15,7 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+import anyio
 import httpx
+from anyio.abc import SocketAttribute
+from anyio.streams.tls import TLSAttribute
 
 # Seconds for what a healthy service does at once.
 PROMPT = 5.0
@@ -57,25 +60,26 @@ class Target:
 
 async def connect(target: Target) -> tuple[str, float]:
     """The IP address that takes connections, and the seconds that one took. Raises Unreachable."""
-    loop = asyncio.get_running_loop()
-    try:
-        async with asyncio.timeout(PROMPT):
-            await loop.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
-    except OSError as error:  # TimeoutError is one
-        raise Unreachable(f"the name {target.host} has no address ({_reason(error)}): look at its DNS record") from None
     started = time.monotonic()
     try:
-        async with asyncio.timeout(PROMPT):
-            _, writer = await asyncio.open_connection(target.host, target.port)
+        with anyio.fail_after(PROMPT):
+            stream = await anyio.connect_tcp(target.host, target.port)
+    except socket.gaierror as error:
+        text = f"the name {target.host} has no address ({_reason(error)}): look at its DNS record"
+        raise Unreachable(text) from None
     except TimeoutError:
         raise Unreachable(f"no answer from port {target.port} within {PROMPT:.0f} s: is a firewall closed?") from None
-    except ConnectionRefusedError:
-        raise Unreachable(f"refused: nothing listens on port {target.port}; is the service down?") from None
     except OSError as error:
-        raise Unreachable(f"no connection to port {target.port}: {_reason(error)}") from None
+        cause = error.__cause__
+        causes = cause.exceptions if isinstance(cause, BaseExceptionGroup) else (cause,)
+        if all(isinstance(each, ConnectionRefusedError) for each in causes):
+            text = f"refused: nothing listens on port {target.port}; is the service down?"
+        else:
+            text = f"no connection to port {target.port}: {_reason(error)}"
+        raise Unreachable(text) from None
     seconds = time.monotonic() - started
-    address: str = writer.get_extra_info("peername")[0]
-    writer.close()
+    address = str(stream.extra(SocketAttribute.remote_address)[0])  # noqa: S610 -- anyio's, not Django's
+    await stream.aclose()
     return address, seconds
 
 
@@ -92,24 +96,31 @@ async def secure(target: Target, context: ssl.SSLContext) -> Secured:
     """Raises ssl.SSLCertVerificationError if the certificate is not valid, Unreachable if there is no TLS at all."""
     context.set_alpn_protocols(["h2", "http/1.1"])
     try:
-        async with asyncio.timeout(PROMPT):
-            _, writer = await asyncio.open_connection(target.host, target.port, ssl=context)
+        with anyio.fail_after(PROMPT):
+            stream = await anyio.connect_tcp(
+                target.host, target.port, ssl_context=context, tls_hostname=target.host, tls_standard_compatible=False
+            )
     except ssl.SSLCertVerificationError:
         raise
-    except OSError as error:
+    except (OSError, anyio.BrokenResourceError, anyio.EndOfStream) as error:
         raise Unreachable(f"no TLS on port {target.port}: {_reason(error)}") from None
-    connection = writer.get_extra_info("ssl_object")
-    expiry = ssl.cert_time_to_seconds(connection.getpeercert()["notAfter"])
-    writer.close()
-    return Secured(connection.version(), (expiry - time.time()) / 86400, connection.selected_alpn_protocol())
+    connection = stream.extra(TLSAttribute.ssl_object)  # noqa: S610 -- anyio's, not Django's
+    await stream.aclose()
+    certificate = connection.getpeercert()
+    assert certificate  # it was verified
+    days = (ssl.cert_time_to_seconds(str(certificate["notAfter"])) - time.time()) / 86400
+    return Secured(connection.version() or "TLS", days, connection.selected_alpn_protocol())
 
 
-def _reason(error: OSError) -> str:
-    if isinstance(error, TimeoutError):
-        return "no answer in time"
+def _reason(error: Exception) -> str:
+    """In a few words; of several addresses none of which was to be had, of the last one."""
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[-1]
     if isinstance(error, ssl.SSLError) and error.reason:
         return error.reason.replace("_", " ").lower()
-    return error.strerror or type(error).__name__
+    return getattr(error, "strerror", None) or type(error).__name__
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """The command: runs all checks against one address, and writes the report for people or for programs."""
 
-import asyncio
 import json
 import sys
 from textwrap import fill, wrap
 
+import anyio
 import httpx
 
 from chatproxy.doctor import advice, answer, survey
@@ -29,6 +29,10 @@ def run(url: str, origin: str | None = None, token: str | None = None, as_json: 
     except ValueError as problem:
         sys.stderr.write(f"{problem}\n")
         return 2
+    return anyio.run(_run, target, origin, token, as_json)
+
+
+async def _run(target: Target, origin: str | None, token: str | None, as_json: bool) -> int:
     checks: list[Check] = []
 
     def tell(check: Check) -> None:
@@ -40,9 +44,9 @@ def run(url: str, origin: str | None = None, token: str | None = None, as_json: 
         if not as_json:
             _write(fill(text, WIDTH))
 
-    announce(f"chatproxy doctor {url}")
+    announce(f"chatproxy doctor {target.url}")
     visit = Visit(target, tell, announce, origin=origin, token=token)
-    asyncio.run(examine(visit))
+    await examine(visit)
     if as_json:
         _write(json.dumps(report(visit, checks), ensure_ascii=False, indent=2))
     faults = sum(check.ok is False for check in checks)

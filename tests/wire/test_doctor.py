@@ -13,7 +13,7 @@ from chatproxy.doctor.client import Target
 from chatproxy.doctor.command import examine
 from chatproxy.doctor.visit import Check, Visit
 from tests.conftest import MEASURED, ROOT, free_port, serving
-from tests.upstream import CLOSE, HANG, Steps, Upstream, error, stream
+from tests.upstream import CLOSE, DONE, HANG, Steps, Upstream, chunk, error, frame, sse, stream
 
 pytestmark = pytest.mark.anyio
 
@@ -140,9 +140,8 @@ async def test_short_answer() -> None:
 
 async def test_lumps_of_grok() -> None:
     """Lumps that may be Grok's own are no fault; a whole answer at one time is."""
-    lump: list[str | float] = [*"aaaaaaaa", 0.4]
-    lumps = stream(*lump * 6)
-    async with Upstream(lumps, stream(*["a"] * 40)) as grok, serving(grok.url) as service:
+    lump = [frame(chunk({"content": "a"})) * 8, 0.5]
+    async with Upstream(sse(*lump * 6, DONE), stream(*["a"] * 40)) as grok, serving(grok.url) as service:
         told = [await doctor(service.url), await doctor(service.url)]
     assert told[0].faults == {}
     assert "Grok's own pace" in told[0].checks["tokens"].message
@@ -160,7 +159,7 @@ async def test_silent_grok() -> None:
     ("script", "fault", "says"),
     [
         (error(401, {}), "answer", "502 upstream_auth"),
-        (stream(0.8, CLOSE), "first token", "upstream_cut_off"),
+        (stream(0.8, done=False, finish=None), "first token", "the answer failed"),
         (stream("a", "b", CLOSE), "ending", "upstream_cut_off"),
         (stream("a", "b", HANG), "ending", "none: no answer within"),
         (stream(HANG), "first token", "no token within"),
