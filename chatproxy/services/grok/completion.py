@@ -272,9 +272,12 @@ class Completion(CancellableWait):
         if self._timer is not None:
             self._timer.cancel()
         self._grok.running.discard(self)
-        with anyio.CancelScope(shield=True):  # a second cancellation must not leave the connection open
-            await self._close()
         self._task = None
+        if self._decoder.ended:
+            await self._close()
+        else:
+            with anyio.CancelScope(shield=True):  # a second cancellation must not leave the connection open
+                await self._close()
 
 
 class _Retryable(Exception):
