@@ -121,6 +121,11 @@ class StreamNotFound(RequestError):
     message = "This stream is unknown or no longer kept. Start a new chat."
 
 
+class ModelNotFound(RequestError):
+    status, code = 404, "model_not_found"
+    message = "This service does not offer this model; GET /v1/models tells which one it does."
+
+
 class MethodNotAllowed(RequestError):
     status, code = 405, "method_not_allowed"
     message = "This path does not take this method; see the Allow header."

@@ -44,7 +44,9 @@ class Chat(Redacted, Struct, frozen=True):
 
 
 class Started(Struct, frozen=True, gc=False):
-    """Grok's first chunk is here: the answer has a status."""
+    """Grok's first chunk is here: the answer has a status. `model` is what Grok calls itself, if that is known yet."""
+
+    model: str | None = None
 
 
 class TextDelta(Redacted, Struct, frozen=True, gc=False):
@@ -88,6 +90,21 @@ class Usage(Struct, frozen=True):
     completion_tokens: int | None = None
     reasoning_tokens: int | None = None
     cached_tokens: int | None = None
+
+    @property
+    def output_tokens(self) -> int | None:
+        """All that was generated: the completion and the reasoning. None if neither is known."""
+        return _sum(self.completion_tokens, self.reasoning_tokens)
+
+    @property
+    def total_tokens(self) -> int | None:
+        """All that was read and generated. None if nothing is known."""
+        return _sum(self.prompt_tokens, self.output_tokens)
+
+
+def _sum(*counts: int | None) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None
 
 
 class Finished(Struct, frozen=True):

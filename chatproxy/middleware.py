@@ -28,7 +28,7 @@ from chatproxy.errors import (
 )
 from chatproxy.lifecycle import Lifecycle
 from chatproxy.metrics import Metrics
-from chatproxy.routes.responses import ClientDisconnected, ErrorResponse, RequestContext
+from chatproxy.routes.responses import ClientDisconnected, ErrorResponse, OpenAIErrorResponse, RequestContext
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ ALLOWED_HEADERS = (
     "Authorization, Content-Type, Last-Event-ID, Idempotency-Key, X-Request-ID, traceparent, tracestate, baggage, "
     "sentry-trace, cache-control, x-requested-with"
 )
-EXPOSED_HEADERS = b"Location, Content-Location, Retry-After, X-Request-ID"
+EXPOSED_HEADERS = b"Location, Content-Location, Retry-After, X-Request-ID, X-Should-Retry, X-Resumable-Stream-Id"
 
 
 class RequestLogMiddleware:
@@ -83,14 +83,15 @@ class RequestLogMiddleware:
             await self.app(scope, receive, send_with_headers)
         except ChatError as error:
             context.record_error(error)
-            await ErrorResponse(error, request_id)(scope, receive, send_with_headers)
+            await _error_response(scope)(error, request_id)(scope, receive, send_with_headers)
         except ClientDisconnected:
             context.disconnected = True
         except Exception:
             log.exception("a request failed by a mistake of ours")
             context.record_error(InternalError())
             if not context.status:
-                await ErrorResponse(InternalError(), request_id)(scope, receive, send_with_headers)
+                response = _error_response(scope)(InternalError(), request_id)
+                await response(scope, receive, send_with_headers)
         finally:
             self._lifecycle.requests -= 1
             self._log(scope, context)
@@ -206,6 +207,10 @@ def _preflight_headers(headers: Headers) -> dict[str, str]:
         "Access-Control-Allow-Headers": ", ".join(allowed),
         "Access-Control-Max-Age": "600",
     }
+
+
+def _error_response(scope: Scope) -> type[ErrorResponse]:
+    return OpenAIErrorResponse if route_path(scope).startswith("/v1/") else ErrorResponse
 
 
 def route_path(scope: Scope) -> str:

@@ -3,6 +3,7 @@
 A format knows JSON and frames. It does not know HTTP, time or Grok.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, ClassVar, Protocol
 
@@ -23,8 +24,11 @@ class StreamFormat(Protocol):
 
     content_type: ClassVar[bytes]
     headers: ClassVar[Mapping[str, str]]  # of the 200, besides those of every stream
-    keep_alive: ClassVar[bytes]  # sent when nothing else is, between two frames
     whole: ClassVar[bool]  # one JSON at the end rather than a stream: the status waits for the end
+
+    @property
+    def keep_alive(self) -> bytes:
+        """Sent when nothing else is, between two frames."""
 
     def encode(self, events: Sequence[Event]) -> list[bytes]:
         """The frames of these events, maybe none. `Done` or `Failed` is the last event that it is given.
@@ -41,11 +45,17 @@ MakeFormat = Callable[[str, EncodeFrame], StreamFormat]
 
 
 class Asked(Struct):
-    """What a request body asks for, in whatever format."""
+    """What a request body asks for, in whatever format.
+
+    `name` is a second one for a resumable answer, chosen by the client: whoever knows it may read the answer.
+    `only_as_stream` means that a client which accepts JSON wants the answer all the same, and not its address.
+    """
 
     chat: Chat
     make_format: MakeFormat
     resumable: bool = False
+    name: str | None = None
+    only_as_stream: bool = False
 
 
 class ErrorDetail(Struct):
@@ -62,6 +72,18 @@ class ErrorBody(Struct):
     """Every error: as a response body, and as the data of `event: error`."""
 
     error: ErrorDetail
+
+
+# Line breaks to Python's `str.splitlines`, with which some clients tear an event's data apart.
+_LINE_SEPARATOR = re.compile("[\u0085\u2028\u2029]")
+
+
+def encode_string(text: str) -> bytes:
+    """A text as a JSON string, on one line for every reader."""
+    if not text.isascii() and _LINE_SEPARATOR.search(text):
+        json = encode_json(text).decode()
+        return _LINE_SEPARATOR.sub(lambda match: f"\\u{ord(match[0]):04x}", json).encode()
+    return encode_json(text)
 
 
 def encode_error(error: ChatError, request_id: str | None) -> bytes:

@@ -81,7 +81,7 @@ class Plain:
 
     content_type: ClassVar[bytes] = b"text/event-stream; charset=utf-8"
     headers: ClassVar[Mapping[str, str]] = {}
-    keep_alive: ClassVar[bytes] = b": keep-alive\n\n"
+    keep_alive = sse.KEEP_ALIVE
     whole: ClassVar[bool] = False
 
     def __init__(self, request_id: str, include: Collection[Include] = (), frame: EncodeFrame = sse.encode) -> None:

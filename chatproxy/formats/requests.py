@@ -1,8 +1,10 @@
 """A request body becomes a validated struct, or an error that names the field and echoes no value."""
 
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import msgspec
+from msgspec import Raw, Struct
 
 from chatproxy import surrogates
 from chatproxy.errors import InvalidJSON, InvalidRequest
@@ -38,6 +40,41 @@ def decode_body(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
     except (ValueError, RecursionError):  # msgspec.DecodeError and UnicodeDecodeError are ValueErrors
         raise InvalidJSON from None
     raise _explain(problem)
+
+
+class _Part(Struct):
+    """A part of a message's content. Foreign ones may hold anything, so nothing is decoded before it is known."""
+
+    type: Raw = Raw()
+    text: Raw = Raw()
+
+
+_NO_OBJECT = _Part()
+_part_decoder = msgspec.json.Decoder(_Part)
+_string_decoder = msgspec.json.Decoder(str)
+
+
+def join_texts(parts: Sequence[Raw], where: str, is_refused: Callable[[bytes], bool] | None) -> str:
+    """The texts of a message's parts, joined; parts of other types are left out.
+
+    `is_refused` gets the type of each of those as JSON (empty if it has none). `where` names the parts in errors.
+    Raises InvalidRequest, or InvalidJSON where an escape in a text is none.
+    """
+    texts = []
+    for number, raw in enumerate(parts):
+        json = bytes(raw)
+        part = _part_decoder.decode(json) if json[:1] == b"{" else _NO_OBJECT
+        type = bytes(part.type)
+        if type == b'"text"':
+            try:
+                texts.append(decode_body(_string_decoder, bytes(part.text) or b"null"))
+            except InvalidRequest:
+                param = f"{where}[{number}].text"
+                raise InvalidRequest(f"{param}: Expected `str`.", param=param) from None
+        elif is_refused is not None and is_refused(type):
+            param = f"{where}[{number}]"
+            raise InvalidRequest(f"{param}: Grok gets text only from this service.", param=param)
+    return "".join(texts)
 
 
 def _explain(problem: str) -> InvalidRequest:

@@ -7,7 +7,7 @@ from starlette.routing import Route
 
 from chatproxy.config import Settings
 from chatproxy.errors import MethodNotAllowed, NotFound
-from chatproxy.routes import operations
+from chatproxy.routes import openai, operations
 from chatproxy.routes.assets import Assets
 from chatproxy.routes.chat import chat
 from chatproxy.routes.openapi import openapi
@@ -22,6 +22,9 @@ def routes(settings: Settings) -> list[Route]:
         Route("/api/chat/{id}/stream", stream),
         Route("/api/chat/{id}/stop", stop, methods=["POST"]),
         Route("/api/chat/{id}", stop, methods=["DELETE"]),
+        Route("/v1/chat/completions", openai.completions, methods=["POST"]),
+        Route("/v1/models", openai.models),
+        Route("/v1/models/{id}", openai.model),
         Route("/healthz", operations.healthz),
         Route("/readyz", operations.readyz),
         Route("/metrics", operations.metrics),

@@ -17,7 +17,7 @@ from chatproxy.formats import Asked, MakeFormat
 from chatproxy.routes.bodies import idempotency_key, read_body, require_json, traceparent
 from chatproxy.routes.responses import DisconnectListener, EventSourceResponse, JSONResponse
 from chatproxy.routes.state import AppState
-from chatproxy.routes.streams import stream_url
+from chatproxy.routes.streams import stream_headers, stream_url
 from chatproxy.services.access import Caller, authenticate
 from chatproxy.services.grok.completion import Completion
 from chatproxy.services.limits import Admitted, BodyHold
@@ -40,25 +40,30 @@ class Prepared(Struct):
     summary: StreamSummary
     make_format: MakeFormat
     resumable: bool
+    name: str | None
+    only_as_stream: bool
     digest: bytes  # of the request's body
     hold: BodyHold
 
 
-async def answer(request: Request[AppState], decode: Callable[[bytes, str], Asked], *, as_address: bool) -> Response:
+async def answer(
+    request: Request[AppState], decode: Callable[[bytes, str], Asked], *, as_address: bool, resumable: bool = True
+) -> Response:
     """Start an answer, or attach to the one that the idempotency key has started.
 
-    `decode` reads the body; `as_address` asks for the stream's address rather than for the stream. Raises ChatError or
-    ClientDisconnected.
+    `decode` reads the body; `as_address` asks for the stream's address rather than for the stream; a format whose
+    answers cannot be `resumable` knows no idempotency keys either. Raises ChatError or ClientDisconnected.
     """
     state = request.state
     caller = authenticate(state["settings"], request.headers, request.client.host if request.client else None)
     if state["lifecycle"].draining:
         raise Draining
     require_json(request)
-    key = idempotency_key(request, caller)
+    key = idempotency_key(request, caller) if resumable else None
     if key is None:
         await state["rate_limiter"].check(caller)  # before the body is read; with a key it may be a repetition
     prepared = await _prepare(request, caller, decode)
+    as_address = as_address and not prepared.only_as_stream
     if as_address or prepared.resumable or key:
         return await _resumable(request, caller, prepared, key, as_address=as_address)
 
@@ -71,7 +76,7 @@ async def answer(request: Request[AppState], decode: Callable[[bytes, str], Aske
     state["context"].summary, state["context"].owns_summary = summary, True
     format = prepared.make_format("", sse.encode)
     return EventSourceResponse(
-        encode(relay(prepared.upstream, summary), format.encode),
+        encode(relay(prepared.upstream, summary), format.encode, summary),
         format,
         state["settings"],
         state["metrics"],
@@ -101,7 +106,17 @@ async def _prepare(request: Request[AppState], caller: Caller, decode: Callable[
     summary = StreamSummary(request_id)
     summary.on_end.append(state["metrics"].count)
     upstream = Admitted(completion, state["concurrency"], caller, hold, summary)
-    return Prepared(completion, upstream, summary, asked.make_format, asked.resumable, digest, hold)
+    return Prepared(
+        completion,
+        upstream,
+        summary,
+        asked.make_format,
+        asked.resumable,
+        asked.name,
+        asked.only_as_stream,
+        digest,
+        hold,
+    )
 
 
 async def _resumable(
@@ -109,7 +124,9 @@ async def _resumable(
 ) -> Response:
     state, streams = request.state, request.state["streams"]
     headers: dict[str, str] = {}
-    new = ResumableStream(prepared.completion, prepared.summary, prepared.make_format, key, prepared.digest)
+    new = ResumableStream(
+        prepared.completion, prepared.summary, prepared.make_format, key, prepared.digest, prepared.name
+    )
     try:
         stream = await streams.claim(new)
         if stream is new:
@@ -126,8 +143,8 @@ async def _resumable(
         raise
     del prepared, new
     state["context"].summary = stream.summary
-    url = stream_url(request, stream)
     if as_address:
+        url = stream_url(request, stream)
         with DisconnectListener(request.receive):
             await streams.wait_for_status(stream, caller)
         return JSONResponse(Created(stream.id, url), 201, {**headers, "Location": url})
@@ -136,5 +153,5 @@ async def _resumable(
         stream.reader_format,
         state["settings"],
         state["metrics"],
-        headers={**headers, "Content-Location": url},
+        headers={**headers, **stream_headers(request, stream)},
     )

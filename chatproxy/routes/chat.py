@@ -1,4 +1,4 @@
-"""POST /api/chat: what the Accept header asks for, and what a client sends that comes back."""
+"""POST /api/chat: what the Accept header and the body's shape ask for, and what a client sends that comes back."""
 
 import re
 from functools import lru_cache
@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from chatproxy.errors import NotAcceptable
-from chatproxy.formats.plain import decode_request
+from chatproxy.formats import Asked, plain, ui_messages
 from chatproxy.routes.answers import answer
 from chatproxy.routes.state import AppState
 from chatproxy.routes.streams import resume_post
@@ -22,7 +22,13 @@ async def chat(request: Request[AppState]) -> Response:
     if last_event_id := request.headers.get("last-event-id"):
         return await resume_post(request, last_event_id)
     wanted = negotiate(",".join(request.headers.getlist("accept"))[:MAX_ACCEPT])
-    return await answer(request, decode_request, as_address=wanted == "address")
+    return await answer(request, decode_body, as_address=wanted == "address")
+
+
+def decode_body(body: bytes, request_id: str) -> Asked:
+    """What a body asks for, in the format whose shape it has. Raises InvalidJSON or InvalidRequest."""
+    decode = ui_messages.decode_request if ui_messages.recognizes(body) else plain.decode_request
+    return decode(body, request_id)
 
 
 @lru_cache(64)

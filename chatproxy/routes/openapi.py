@@ -6,7 +6,6 @@ Does not know how any of it is done.
 import re
 from collections.abc import Iterable
 from itertools import groupby
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import msgspec
@@ -14,43 +13,37 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from chatproxy import __version__, errors
-from chatproxy.errors import ChatError, RequestError, UpstreamError
+from chatproxy.errors import ChatError
 from chatproxy.events import Source
 from chatproxy.formats import ErrorBody
+from chatproxy.formats.openai import CompletionRequest
 from chatproxy.formats.plain import ChatRequest, FinishData, ToolData
+from chatproxy.formats.ui_messages import UIChatRequest
 from chatproxy.routes.answers import Created
+from chatproxy.routes.openai import Model, ModelList
 from chatproxy.routes.operations import Health
+from chatproxy.routes.possible_errors import (
+    BY_ID_ERRORS,
+    CHAT_ERRORS,
+    HEALTH_ERRORS,
+    NO_ROUTE_ERRORS,
+    NON_API_ERRORS,
+    STREAM_ERRORS,
+    STREAM_ROUTE_ERRORS,
+    V1_CHAT_ERRORS,
+    V1_MODEL_ERRORS,
+    V1_MODELS_ERRORS,
+    Kinds,
+)
 from chatproxy.routes.responses import JSONResponse
 from chatproxy.routes.state import AppState
 
 Object = dict[str, Any]
 
-_TYPES = (ChatRequest, Created, ErrorBody, FinishData, Health, Source, ToolData)
+_REQUESTS = (ChatRequest, UIChatRequest, CompletionRequest)
+_TYPES = (*_REQUESTS, Created, ErrorBody, FinishData, Health, Model, ModelList, Source, ToolData)
 _REFERENCES, _SCHEMAS = msgspec.json.schema_components(_TYPES, ref_template="#/components/schemas/{name}")
 _SCHEMA = dict(zip(_TYPES, _REFERENCES, strict=True))
-
-# Which errors are possible where.
-
-Kinds = set[type[ChatError]]
-NO_ROUTE_ERRORS: Kinds = {errors.NotFound, errors.MethodNotAllowed}
-HEALTH_ERRORS: Kinds = {errors.HeadersTooLarge, errors.InternalError}
-NON_API_ERRORS: Kinds = {*HEALTH_ERRORS, errors.HostNotAllowed}
-API_ERRORS: Kinds = {*NON_API_ERRORS, errors.OriginNotAllowed}
-BY_ID_ERRORS: Kinds = {*API_ERRORS, errors.NotFound}  # an id with a slash in it makes another path
-STREAM_ROUTE_ERRORS: Kinds = {
-    *BY_ID_ERRORS,
-    errors.StreamNotFound,
-    errors.InvalidLastEventID,
-    errors.Busy,
-    errors.RateLimited,
-}
-CHAT_ERRORS: Kinds = {*RequestError.__subclasses__(), *UpstreamError.__subclasses__()}
-CHAT_ERRORS |= {errors.Busy, errors.Draining, errors.InternalError, errors.StoreUnavailable}
-CHAT_ERRORS -= {*NO_ROUTE_ERRORS, errors.StreamNotFound, errors.InvalidLastEventID}
-CHAT_ERRORS -= {errors.UpstreamCutOff, errors.IdleTimeout, errors.EmptyAnswer}  # only after a first chunk
-STREAM_ERRORS: Kinds = {*UpstreamError.__subclasses__(), errors.ContentPolicy, errors.ContextLengthExceeded}
-STREAM_ERRORS |= {errors.Stopped, errors.Abandoned, errors.ReplayLost, errors.StreamNotFound, errors.StoreUnavailable}
-STREAM_ERRORS |= {errors.Draining, errors.InternalError, errors.ToolLimit}
 
 _HEADERS = {
     "Allow": "The methods that this path takes.",
@@ -61,6 +54,8 @@ _HEADERS = {
     "RateLimit-Policy": "How many chats a caller has, where RATE_LIMIT is set.",
     "Retry-After": "Whole seconds to wait.",
     "WWW-Authenticate": "The kind of token that is wanted.",
+    "X-Resumable-Stream-Id": "The id of a resumable answer.",
+    "X-Should-Retry": "`false` where asking again would not help.",
     "X-Request-ID": "The request's own, if that was sane; quote it to the operator.",
 }
 _RATE_LIMIT = ("RateLimit", "RateLimit-Policy")
@@ -119,15 +114,20 @@ def _event(kind: str, description: str, data: Object | None = None) -> Object:
     }
 
 
-def _refusals(kinds: Kinds) -> Object:
+def _refusals(kinds: Kinds, *, v1: bool = False) -> Object:
     """An answer for each status, which tells the codes that it can stand for."""
     refusals = {}
-    for status, group in groupby(sorted(kinds, key=attrgetter("status", "code")), attrgetter("status")):
+
+    def status_of(kind: type[ChatError]) -> int:
+        return 400 if v1 and kind is errors.InvalidRequest else kind.status
+
+    for status, group in groupby(sorted(kinds, key=lambda kind: (status_of(kind), kind.code)), status_of):
         alike = list(group)
         description = "\n".join(f"* `{kind.code}`: {kind.message}" for kind in alike)
         headers = [
             *HEADERS_BY_STATUS.get(status, ()),
             *({"Retry-After"} if any(kind.retry_after for kind in alike) else ()),
+            *({"X-Should-Retry"} if v1 else ()),
         ]
         refusals[str(status)] = _answer(description, _json(_failure(alike)), headers)
     return refusals
@@ -163,16 +163,25 @@ _EVENTS = {
         "example": "data: Hel\n\ndata: lo\n\ndata: [DONE]\n\n",
     }
 }
+_COMPLETION = {
+    "text/event-stream": {"schema": {"type": "object", "description": "Chunks as OpenAI's, then `[DONE]`."}},
+    "application/json": {"schema": {"type": "object", "description": "A chat completion as OpenAI's, or an error."}},
+}
 _LINKS = {
     name: {"operationRef": f"#/paths/~1api~1chat~1{{id}}{operation}", "parameters": {"id": "$response.body#/id"}}
     for name, operation in {"read": "~1stream/get", "stop": "~1stop/post", "delete": "/delete"}.items()
 }
+_TOKEN: Object = {"security": [{"token": []}, {}]}
 _STOPPED = {"204": _answer("The answer has ended, or is unknown; nothing is paid for it any more.")}
 
 _OPERATIONS = {
     "POST /api/chat": _Operation(
         {
-            "200": _answer("The answer.", _EVENTS, ["Content-Location", *_RATE_LIMIT]),
+            "200": _answer(
+                "The answer; for the AI SDK's `useChat` a UI message stream, whose chunks are the data of the events.",
+                _EVENTS,
+                ["Content-Location", "X-Resumable-Stream-Id", *_RATE_LIMIT],
+            ),
             "201": {
                 **_answer(
                     "The address of the answer's stream, for clients that accept JSON but no event stream.",
@@ -184,7 +193,7 @@ _OPERATIONS = {
         },
         CHAT_ERRORS,
         {
-            "security": [{"token": []}, {}],
+            **_TOKEN,
             "parameters": [
                 _parameter(
                     "header",
@@ -195,11 +204,17 @@ _OPERATIONS = {
                 _parameter("header", "Last-Event-ID", f"{_LAST_EVENT_ID} The body is ignored."),
                 _parameter("header", "traceparent", "W3C Trace Context; passed on to Grok."),
             ],
-            "requestBody": {"required": True, "content": _json(_SCHEMA[ChatRequest])},
+            "requestBody": {
+                "required": True,
+                "content": _json({"anyOf": [_SCHEMA[ChatRequest], _SCHEMA[UIChatRequest]]}),
+            },
         },
     ),
     "GET /api/chat/{id}/stream": _Operation(
-        {"200": _answer("The answer.", _EVENTS, ["Content-Location"]), "204": _answer("Nothing more will come.")},
+        {
+            "200": _answer("The answer.", _EVENTS, ["Content-Location", "X-Resumable-Stream-Id"]),
+            "204": _answer("Nothing more will come; or the id is that of a chat of which nothing is left."),
+        },
         STREAM_ROUTE_ERRORS,
         {
             "parameters": [
@@ -210,6 +225,13 @@ _OPERATIONS = {
     ),
     "POST /api/chat/{id}/stop": _Operation(_STOPPED, BY_ID_ERRORS),
     "DELETE /api/chat/{id}": _Operation(_STOPPED, BY_ID_ERRORS),
+    "POST /v1/chat/completions": _Operation(
+        {"200": _answer("The answer, as a stream if the body says so.", _COMPLETION, _RATE_LIMIT)},
+        V1_CHAT_ERRORS,
+        {**_TOKEN, "requestBody": {"required": True, "content": _json(_SCHEMA[CompletionRequest])}},
+    ),
+    "GET /v1/models": _Operation({"200": _answer("The list.", _json(_SCHEMA[ModelList]))}, V1_MODELS_ERRORS, _TOKEN),
+    "GET /v1/models/{id}": _Operation({"200": _answer("The model.", _json(_SCHEMA[Model]))}, V1_MODEL_ERRORS, _TOKEN),
     "GET /healthz": _Operation({"200": _answer("The process is alive.", _json(_SCHEMA[Health]))}, HEALTH_ERRORS),
     "GET /readyz": _Operation(
         {
@@ -233,12 +255,15 @@ def describe(routes: Iterable[tuple[str, str, str]], root_path: str) -> Object:
     paths: Object = {}
     for method, path, purpose in routes:
         operation = _OPERATIONS[f"{method} {path}"]
-        ids = [_parameter("path", name, "The answer's id.") for name in re.findall(r"{(\w+)}", path)]
+        ids = [
+            _parameter("path", name, "The answer's id, or its chat's; or the model's.")
+            for name in re.findall(r"{(\w+)}", path)
+        ]
         request_id = _parameter("header", "X-Request-ID", "To be logged and sent back; 128 of `A-Za-z0-9._-` at most.")
         paths.setdefault(path, {"parameters": [*ids, request_id]})[method.lower()] = {
             "summary": purpose,
             **operation.request,
-            "responses": {**operation.answers, **_refusals(operation.refusals)},
+            "responses": {**operation.answers, **_refusals(operation.refusals, v1=path.startswith("/v1/"))},
         }
     return {
         "openapi": "3.1.0",

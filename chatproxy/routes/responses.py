@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from chatproxy.cancellation import CancellableWait
 from chatproxy.config import Settings
-from chatproxy.errors import ChatError, InternalError
+from chatproxy.errors import ChatError, InternalError, InvalidRequest
 from chatproxy.events import StreamSummary
 from chatproxy.formats import StreamFormat, encode_error, encode_json
 from chatproxy.metrics import Metrics
@@ -88,6 +88,24 @@ class ErrorResponse(Response):
         if error.retry_after is not None:
             headers["Retry-After"] = str(error.retry_after)
         super().__init__(encode_error(error, request_id), error.status, headers)
+
+
+# Seconds. OpenAI's JavaScript SDK takes no longer Retry-After for what it is, and comes back at once.
+MAX_SDK_WAIT = 60
+
+
+class OpenAIErrorResponse(ErrorResponse):
+    """The same for OpenAI's SDKs, which are told not to ask again unless waiting is all that it takes.
+
+    Without that they repeat most requests twice, and Grok may have to be paid for each.
+    """
+
+    def __init__(self, error: ChatError, request_id: str) -> None:
+        super().__init__(error, request_id)
+        if isinstance(error, InvalidRequest):
+            self.status_code = 400  # OpenAI's own; LangChain takes a 422 for something that passes
+        if error.retry_after is None or error.retry_after > MAX_SDK_WAIT:
+            self.headers["X-Should-Retry"] = "false"
 
 
 class DisconnectListener(CancellableWait):

@@ -1,5 +1,6 @@
-"""Resumable streams by their id: GET reads on, DELETE and POST .../stop end the answer."""
+"""Resumable streams by their id, or by the chat's: GET reads on, DELETE and POST .../stop end the answer."""
 
+import re
 from collections.abc import AsyncGenerator
 
 from starlette.requests import Request
@@ -11,19 +12,25 @@ from chatproxy.routes.responses import EventSourceResponse
 from chatproxy.routes.state import AppState
 from chatproxy.services.access import anonymous
 from chatproxy.services.relay import Frames
-from chatproxy.services.streams import FINAL_EVENT_NUMBER, ResumableStream
+from chatproxy.services.streams import FINAL_EVENT_NUMBER, STREAM_ID, ResumableStream
 
 
 async def stream(request: Request[AppState]) -> Response:
     """Read an answer from its start, or what lies after the last event ID."""
-    streams = request.state["streams"]
-    found = await streams.find(request.path_params["id"])
+    streams, id = request.state["streams"], request.path_params["id"]
+    if re.fullmatch(STREAM_ID, id):
+        found = await streams.find(id)
+    elif (named := await streams.find_by_name(id)) is not None:
+        found = named
+    else:
+        # `useChat` asks on every page load, by its chat's id, and takes anything but this for an error.
+        return Response(status_code=204)
     last_event_id = request.headers.get("last-event-id") or request.query_params.get("lastEventId")
     after, more = await streams.parse_last_event_id(found, last_event_id or f"{found.id}-0")
     if not more:
         return Response(status_code=204)
     if request.method == "HEAD":
-        return Response(headers={"Content-Type": found.format.content_type.decode()})
+        return Response(headers={"Content-Type": found.format.content_type.decode(), **found.format.headers})
     return _replay(request, found, after)
 
 
@@ -54,6 +61,11 @@ def stream_url(request: Request[AppState], stream: ResumableStream) -> str:
     return f"{request.scope['root_path']}/api/chat/{stream.id}/stream"
 
 
+def stream_headers(request: Request[AppState], stream: ResumableStream) -> dict[str, str]:
+    """Where a resumable answer can be read again: as an address, and as the id that assistant-ui looks for."""
+    return {"Content-Location": stream_url(request, stream), "X-Resumable-Stream-Id": stream.id}
+
+
 def _replay(request: Request[AppState], stream: ResumableStream, after: int) -> Response:
     state = request.state
     state["context"].summary = stream.summary
@@ -63,7 +75,7 @@ def _replay(request: Request[AppState], stream: ResumableStream, after: int) -> 
         stream.reader_format,
         state["settings"],
         state["metrics"],
-        headers={"Content-Location": stream_url(request, stream)},
+        headers=stream_headers(request, stream),
     )
 
 

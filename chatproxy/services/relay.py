@@ -41,10 +41,10 @@ async def relay(
     A failure before the first chunk is raised as ChatError, for there is still a status line to say it with. After it
     every failure is an event, and the last event is `Done` or `Failed`.
     """
-    events: list[Event] = [Started()]
     error: ChatError | None = None
     try:
         async with upstream as source:
+            events: list[Event] = [Started(source.finished.model)]
             try:
                 async for received in source:
                     for event in received:
@@ -94,9 +94,16 @@ def _count(event: Event, summary: StreamSummary) -> None:
 
 
 async def encode(
-    batches: AsyncGenerator[Batch, None], encode_events: Callable[[Sequence[Event]], list[bytes]]
+    batches: AsyncGenerator[Batch, None],
+    encode_events: Callable[[Sequence[Event]], list[bytes]],
+    summary: StreamSummary,
 ) -> AsyncGenerator[Frames, None]:
-    """The same answer as frames."""
+    """The same answer as frames. Raises what the format raises, which is then the end of the answer."""
     async with aclosing(batches):
         async for events, last in batches:
-            yield encode_events(events), last
+            try:
+                frames = encode_events(events)
+            except ChatError as error:
+                summary.close("failed", error.code)
+                raise
+            yield frames, last

@@ -37,8 +37,8 @@ from chatproxy.services.store import EventStore
 
 log = logging.getLogger(__name__)
 
-# How long a browser waits before it reconnects, in milliseconds.
-RECONNECTION_TIME = 2000
+RECONNECTION_TIME = 2000  # milliseconds that a browser waits before it reconnects
+STREAM_ID = r"[A-Za-z0-9_-]{22}"  # the form of their ids
 
 # The number in the id of a failure that is a reader's own: an event after which there is nothing, whatever comes.
 FINAL_EVENT_NUMBER = 2**53 - 1
@@ -60,8 +60,10 @@ class ResumableStream:
         make_format: MakeFormat,
         key: tuple[str, str] | None,
         body_digest: bytes,
+        name: str | None = None,
     ) -> None:
         id = self.id = secrets.token_urlsafe(16)  # 128 bits: it is the ticket of whoever reads the answer
+        self.name = name  # another one, chosen by the client
         self.upstream: Upstream | None = upstream  # until it has ended
         self.summary = summary
         self.key = key
@@ -71,7 +73,7 @@ class ResumableStream:
         self.status_sent = False  # whoever asked knows the id
         self.readers = 0
         self.written = 0  # frames
-        self.read = 0  # the highest number given to any reader
+        self.read, self.read_to_end = 0, False  # the highest number given to any reader; whether one has taken all
         self.abandon_timer: asyncio.TimerHandle | None = None
         numbers = count(1)
         self.format = make_format(id, lambda data, type: sse.encode(data, type, f"{id}-{next(numbers)}"))
@@ -89,6 +91,7 @@ class StreamRegistry:
         self._metrics = metrics
         self._streams: dict[str, ResumableStream] = {}
         self._keys: dict[tuple[str, str], ResumableStream] = {}
+        self._names: dict[str, ResumableStream] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def find(self, id: str) -> ResumableStream:
@@ -97,6 +100,11 @@ class StreamRegistry:
             return self._streams[id]
         except KeyError:
             raise StreamNotFound from None
+
+    async def find_by_name(self, name: str) -> ResumableStream | None:
+        """The last stream of that name, if it has not been read to its end."""
+        stream = self._names.get(name.lower())
+        return stream if stream is not None and not stream.read_to_end else None
 
     async def claim(self, stream: ResumableStream) -> ResumableStream:
         """Make a new stream known; or give the one that its idempotency key has started, and forget the new one.
@@ -113,10 +121,12 @@ class StreamRegistry:
     def discard(self, stream: ResumableStream) -> None:
         """Forget a stream that was not started."""
         del self._streams[stream.id]
-        self._release_key(stream)
+        self._release_names(stream)
 
     def start(self, stream: ResumableStream, batches: AsyncGenerator[Batch, None]) -> None:
-        """Begin to read the answer, whoever listens."""
+        """Begin to read the answer, whoever listens. It takes the place of an older one with the same name."""
+        if stream.name:
+            self._names[stream.name] = stream
         task = asyncio.create_task(self._run(stream, batches))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -126,17 +136,15 @@ class StreamRegistry:
         with self._attached(stream, caller):
             await self._wait_for_status(stream)
 
-    async def follow(self, stream: ResumableStream, caller: Caller) -> AsyncGenerator[Frames, None]:
-        """A stream from its start, for who asked for it. Raises ChatError before the first frame."""
-        with self._attached(stream, caller):
-            await self._wait_for_status(stream)
-            async with aclosing(self._read(stream, 0)) as batches:
-                async for batch in batches:
-                    yield batch
+    def follow(self, stream: ResumableStream, caller: Caller) -> AsyncGenerator[Frames, None]:
+        """A stream from its start. Raises ChatError before the first frame, if no status was sent before."""
+        return self.replay(stream, 0, caller)
 
     async def replay(self, stream: ResumableStream, after: int, caller: Caller) -> AsyncGenerator[Frames, None]:
         """What comes after that number: first what is kept, then what is still to come."""
         with self._attached(stream, caller):
+            if not stream.status_sent:
+                await self._wait_for_status(stream)
             async with aclosing(self._read(stream, after)) as batches:
                 async for batch in batches:
                     yield batch
@@ -158,8 +166,8 @@ class StreamRegistry:
         return number, number < last or not closed or stream.error is not None
 
     async def stop(self, id: str) -> None:
-        """End an answer, if it is still running."""
-        stream = self._streams.get(id)
+        """End an answer, if it is still running: by its id, or by its name."""
+        stream = self._streams.get(id) or self._names.get(id.lower())
         if stream is not None and stream.upstream is not None:
             stream.upstream.cancel_with(Stopped())
 
@@ -192,6 +200,7 @@ class StreamRegistry:
                     yield batch, False
                     if asyncio.get_running_loop().time() > deadline:
                         raise StreamTimeout
+            stream.read_to_end = True
             error = stream.error  # the store's: the end of the answer could not be kept
         except StreamNotFound:
             error = ReplayLost()
@@ -258,17 +267,19 @@ class StreamRegistry:
                 log.exception("the end of a stream could not be kept")
         stream.error = error.with_traceback(None)
         if not stream.status_sent:
-            self._release_key(stream)  # the next try with this key starts anew
+            self._release_names(stream)  # the next try with this key starts anew
 
     def _forget(self, id: str) -> None:
         stream = self._streams.pop(id)
-        self._release_key(stream)
+        self._release_names(stream)
         # The last frame is the end; before the first delta there may be others.
         self._metrics.unread_deltas.inc(max(0, min(stream.summary.deltas, stream.written - 1 - stream.read)))
 
-    def _release_key(self, stream: ResumableStream) -> None:
+    def _release_names(self, stream: ResumableStream) -> None:
         if stream.key and self._keys.get(stream.key) is stream:
             del self._keys[stream.key]
+        if stream.name and self._names.get(stream.name) is stream:
+            del self._names[stream.name]
 
     @contextmanager
     def _attached(self, stream: ResumableStream, caller: Caller) -> Iterator[None]:
@@ -282,7 +293,8 @@ class StreamRegistry:
             finally:
                 stream.readers -= 1
                 if not stream.readers and stream.upstream is not None:
-                    # Whoever left before the status, and gave no key, has no way to come back.
-                    window = self._settings.resume_window if stream.status_sent or stream.key else 0
+                    # Whoever left before the status, and gave no key or name, has no way to come back.
+                    can_return = stream.status_sent or stream.key or stream.name
+                    window = self._settings.resume_window if can_return else 0
                     loop = asyncio.get_running_loop()
                     stream.abandon_timer = loop.call_later(window, stream.upstream.cancel_with, Abandoned())

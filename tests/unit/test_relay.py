@@ -65,8 +65,9 @@ class Grok:
 
 async def steps(grok: Grok, *include: Any, summary: StreamSummary | None = None) -> list[list[Event]]:
     """What is written after each read. Only the last is the last, and then Grok is let go."""
-    batches = relay(grok.answer(), summary or StreamSummary("id"))
-    taken = [step async for step in encode(batches, Plain("id", include).encode)]
+    summary = summary or StreamSummary("id")
+    batches = relay(grok.answer(), summary)
+    taken = [step async for step in encode(batches, Plain("id", include).encode, summary)]
     assert [last for _, last in taken] == [False] * (len(taken) - 1) + [True]
     assert grok.open == 0
     return [standard(b"".join(frames)) for frames, _ in taken]
@@ -208,7 +209,8 @@ async def test_own_framing() -> None:
 
         grok = Grok([[chunk({"reasoning_content": "hm", "content": "a"})], COUNTS], fails)
         format = Plain("id", ["reasoning", "finish"], frame)
-        written = [step async for step in encode(relay(grok.answer(), StreamSummary("id")), format.encode)]
+        summary = StreamSummary("id")
+        written = [step async for step in encode(relay(grok.answer(), summary), format.encode, summary)]
         ids = [event.id for frames, _ in written for event in standard(b"".join(frames))]
         assert ids == ["x-1", "x-2", "x-3", "x-4"]
         assert [kind for _, kind in asked] == ["reasoning", None, "finish", "error" if fails else None]

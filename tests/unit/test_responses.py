@@ -114,6 +114,8 @@ def test_parts_of_one_message() -> None:
     pieces = [*opened(0), delta(0, "a"), delta(0, "b", part=1), done(0, message_item("a", "b")), ended()]
     assert said(decode(*pieces)[0]) == ["a", "b"]
     assert said(decode(*opened(0), done(0, message_item("a", "b")), ended())[0]) == ["a", "b"]
+    # What is told whole is taken of an item without deltas only.
+    assert said(decode(*opened(0), delta(0, "a"), done(0, message_item("a", "b")), ended())[0]) == ["a"]
 
 
 def test_text_of_a_new_part() -> None:
@@ -155,6 +157,8 @@ def test_half_emojis() -> None:
     assert text(decode(delta(0, halves[0]), event("error", message="x"))[0]) == "\ufffd"
     assert reasoning(decode(thought(0, halves[0]), thought(0, halves[1]), delta(1, "a"), ended())[0]) == face
     assert reasoning(decode(thought(0, halves[0]), DONE)[0]) == "\ufffd"
+    cut = [delta(0, halves[0]), cited(0, source("https://a.example")), ended()]
+    assert decode(*cut)[0] == [TextDelta("\ufffd"), Citations([Source("https://a.example", "1")])]
     titled = cited(0, source("https://a.example", halves[0]))
     assert decode(titled, ended())[0] == [Citations([Source("https://a.example", "\ufffd")])]
 
@@ -282,6 +286,7 @@ def test_sources() -> None:
     events, _ = decode(ended(None, [message_item("x", annotations=shapes)]))
     assert events == [TextDelta("x"), Citations(expected)]
     assert citations(delta(0, "x")) == []
+    assert citations(told[0], cited(0, source(a, "another title"))) == [Source(a, "1")]
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ async def test_nothing_of_the_caller_leaks(grok: Upstream, service: Local) -> No
         "Referer": "http://127.0.0.1/canary",
     }
     grok.play()
-    fields: dict[str, Any] = {"temperature": "canary", "model": "canary", "stream": False, "tools": ["canary"]}
+    fields: dict[str, Any] = {"temperature": "canary", "model": "canary", "stream": False, "tool_choice": "canary"}
     turn = {"role": "user", "content": "Hi", "name": "canary"}
     response = await service.ask(headers={**secrets, "traceparent": trace}, messages=[turn], **fields)
     assert response.status_code == 200

@@ -377,7 +377,7 @@ async def test_other_methods(grok: Upstream, service: Local) -> None:
     response = await service.client.head(url)
     assert (response.status_code, response.headers["Content-Type"]) == (200, "text/event-stream; charset=utf-8")
     response = await service.client.post(url)
-    assert (response.status_code, response.headers["Allow"]) == (405, "GET, HEAD")
+    assert (response.status_code, set(response.headers["Allow"].split(", "))) == (405, {"GET", "HEAD"})
 
 
 # What is not there (D3).
