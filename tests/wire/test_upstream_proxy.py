@@ -368,19 +368,32 @@ def request(url: str) -> httpx.Request:
 
 
 async def test_idle_connections_expire() -> None:
-    """A connection that was idle for too long is closed and not used again."""
+    """Connections that were idle for too long are all closed at the next request, which has a new one."""
     async with Upstream() as grok:
         way = grok.url.removesuffix("/v1")
-        transport = ProxyTransport(way, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), keepalive_expiry=0.0, options=[])
-        for number in (1, 2, 3):
-            await asyncio.sleep(0.01)
-            response = await transport.handle_async_request(request("http://grok.invalid/v1"))
+        transport = ProxyTransport(way, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), keepalive_expiry=0.05, options=[])
+        responses = [await transport.handle_async_request(request("http://grok.invalid/v1")) for _ in range(2)]
+        for response in responses:
             assert (await response.aread()).startswith(b"{")
             await response.aclose()
             await response.stream.aclose()  # type: ignore[union-attr] # closing again changes nothing
-            assert grok.connections == number
+        await asyncio.sleep(0.1)  # the time that is the subject
+        response = await transport.handle_async_request(request("http://grok.invalid/v1"))
+        await grok.until(lambda: (grok.connections, grok.open) == (3, 1))
+        await response.aclose()
         await transport.aclose()
         await grok.until(lambda: grok.open == 0)
+
+
+async def test_refused_connection_is_closed() -> None:
+    """A connection on which the proxy has refused is not kept."""
+    async with Upstream(key=error(407, {})) as proxy:
+        way = proxy.url.removesuffix("/v1")
+        transport = ProxyTransport(way, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), keepalive_expiry=60.0, options=[])
+        with pytest.raises(httpx.ProxyError, match=r"^the proxy answered 407$"):
+            await transport.handle_async_request(request("http://grok.invalid/v1"))
+        await proxy.until(lambda: proxy.open == 0)
+        await transport.aclose()
 
 
 async def test_closed_while_in_use() -> None:
