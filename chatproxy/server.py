@@ -139,10 +139,6 @@ async def serve(settings: Settings, sock: socket.socket, *, reloading: bool = Fa
                 host = sock.getsockname()[0]
                 host = f"[{host}]" if ":" in host else host
                 log.info("listening on %s:%d: open http://%s:%d", host, port, _browsable(host), port)
-                if settings.grok_api_key is None:
-                    log.warning("GROK_API_KEY is not set: answers come from the built-in demo, not from Grok")
-                for warning in settings.warnings:
-                    log.warning("%s", warning)
                 await anext(signals)
                 log.info("draining: no new chats; running ones have %g s", settings.drain_timeout)
                 tasks.start_soon(_exit_at_next, signals, 0.5 if reloading else 0.0)

@@ -49,6 +49,7 @@ class _Part(Struct):
     text: Raw = Raw()
 
 
+_NO_OBJECT = _Part()
 _part_decoder = msgspec.json.Decoder(_Part)
 _string_decoder = msgspec.json.Decoder(str)
 
@@ -61,10 +62,8 @@ def join_texts(parts: Sequence[Raw], where: str, is_refused: Callable[[bytes], b
     """
     texts = []
     for number, raw in enumerate(parts):
-        try:
-            part = _part_decoder.decode(raw)
-        except msgspec.ValidationError:  # no object
-            part = _Part()
+        json = bytes(raw)
+        part = _part_decoder.decode(json) if json[:1] == b"{" else _NO_OBJECT
         type = bytes(part.type)
         if type == b'"text"':
             try:

@@ -15,7 +15,7 @@ import trustme
 from chatproxy.services.grok.network import ProxyTransport
 from tests.conftest import HI, PATIENCE, refusal, serving
 from tests.readers import answer
-from tests.upstream import HANG, Gate, Step, Upstream, error, stream
+from tests.upstream import CLOSE, HANG, Gate, Step, Upstream, error, stream
 
 pytestmark = pytest.mark.anyio
 
@@ -179,7 +179,11 @@ def trusted(authority: trustme.CA, tmp_path: Path) -> str:
 def logged(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
     """The log's warnings about Grok so far; none says what is private, or what the proxy said."""
     caplog.set_level(logging.DEBUG, logger="chatproxy")
-    yield lambda: [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    yield lambda: [
+        record.getMessage()
+        for record in caplog.records
+        if record.levelno == logging.WARNING and record.name.startswith("chatproxy.services.")
+    ]
     assert CANARY not in caplog.text
 
 
@@ -294,6 +298,18 @@ async def test_refusing_proxy_without_a_tunnel(logged: Callable[[], list[str]]) 
                 assert refusal(await service.ask())["code"] == code
             assert answer((await service.ask()).content) == "a"
     assert logged()[0] == "upstream_unreachable: the proxy answered 407"
+
+
+async def test_grok_hangs_up_behind_a_proxy(tls: ssl.SSLContext, trusted: str, logged: Callable[[], list[str]]) -> None:
+    """Once the request is on its way, a connection that ends is Grok's failure, and not the proxy's."""
+    async with (
+        Upstream([CLOSE], tls=tls) as grok,
+        Proxy(tunnel) as proxy,
+        serving(grok.url, https_proxy=proxy.url, ssl_cert_file=trusted, grok_retries=0) as service,
+    ):
+        response = await service.ask()
+        assert (response.status_code, refusal(response)["code"]) == (502, "upstream_error")
+    assert logged() == ["upstream_error: RemoteProtocolError"]
 
 
 async def test_failed_handshakes_take_no_place(
