@@ -380,6 +380,15 @@ def test_finish() -> None:
     assert finished.counts == Usage(prompt_tokens=12, completion_tokens=3, reasoning_tokens=5, cached_tokens=4)
 
 
+def test_usage_of_a_failed_answer() -> None:
+    """What a failed answer has used is told, too: it is paid."""
+    told = response(status="failed", error={"code": "server_error", "message": "x"}, usage=USAGE)
+    _, decoder = decode(CREATED, delta(0, "a"), event("response.failed", response=told))
+    assert decoder.failure is not None
+    assert json.loads(bytes(decoder.finished.usage)) == USAGE
+    assert (decoder.finished.reason, decoder.finished.model) == (None, "grok-4.3")
+
+
 @pytest.mark.parametrize(
     ("told", "reason"),
     [
