@@ -13,7 +13,7 @@ from chatproxy.doctor.client import Target
 from chatproxy.doctor.command import examine
 from chatproxy.doctor.visit import Check, Visit
 from tests.conftest import MEASURED, ROOT, free_port, serving
-from tests.upstream import CLOSE, DONE, HANG, Steps, Upstream, chunk, error, frame, sse, stream
+from tests.upstream import CLOSE, DONE, HANG, Step, Steps, Upstream, chunk, error, frame, sse, stream
 
 pytestmark = pytest.mark.anyio
 
@@ -140,7 +140,7 @@ async def test_short_answer() -> None:
 
 async def test_lumps_of_grok() -> None:
     """Lumps that may be Grok's own are no fault; a whole answer at one time is."""
-    lump = [frame(chunk({"content": "a"})) * 8, 0.5]
+    lump: list[Step] = [frame(chunk({"content": "a"})) * 8, 0.5]
     async with Upstream(sse(*lump * 6, DONE), stream(*["a"] * 40)) as grok, serving(grok.url) as service:
         told = [await doctor(service.url), await doctor(service.url)]
     assert told[0].faults == {}
