@@ -12,7 +12,15 @@ PACKAGE = ROOT / "chatproxy"
 
 # From top to bottom: each module imports only from further down, and of other packages only those named.
 LAYERS = {
-    "__main__": "server config logs | dotenv uvicorn",
+    "__main__": "doctor.command server config logs | dotenv uvicorn",
+    "doctor.command": "doctor.answer doctor.survey doctor.advice doctor.visit doctor.client | anyio httpx",
+    "doctor.answer": "doctor.advice doctor.arrivals doctor.visit doctor.client |",
+    "doctor.survey": "doctor.advice doctor.visit doctor.client | httpx",
+    "doctor.visit": "doctor.advice doctor.client | httpx",
+    "doctor.client": "config | anyio httpx",
+    "doctor.arrivals": "|",
+    "doctor.advice": "| httpx",
+    "doctor.__init__": "|",
     "server": "app connection config errors | uvicorn",
     "app": "middleware routes limits config metrics services.demo services.grok services.streams | starlette",
     "connection": "middleware errors schemas | uvicorn",
@@ -51,8 +59,12 @@ def imports(module: str) -> Iterator[str]:
                 names = [alias.name for alias in node.names]
             case ast.ImportFrom(level=level, module=origin):
                 assert level == 0, "imports are absolute"
-                # `from chatproxy import x` is a module, or a name of __init__.
-                names = [f"{origin}.{alias.name}" if origin == "chatproxy" else origin or "" for alias in node.names]
+                # `from chatproxy import x` is a module, or a name of __init__; below it may be a module of a package.
+                whole = [f"{origin}.{alias.name}" for alias in node.names]
+                names = [
+                    name if origin == "chatproxy" or name.removeprefix("chatproxy.") in LAYERS else origin or ""
+                    for name in whole
+                ]
         for name in names:
             first, _, rest = name.partition(".")
             if first == "chatproxy":
