@@ -224,7 +224,7 @@ async def test_forgotten() -> None:
 
 
 async def test_lumps_of_the_demo() -> None:
-    """The demo never sends lumps, so somebody makes them, and nothing more can be seen."""
+    """The demo never sends lumps, so somebody makes them."""
     demo = response(200, "application/json", b'{"status": "ok", "demo": true}')
     lumps: list[bytes | float] = [events(end=b"")]
     for number in range(5):
@@ -232,7 +232,6 @@ async def test_lumps_of_the_demo() -> None:
     async with canned({**OURS, "GET /readyz": demo, "POST": lumps}) as url:
         told = await doctor(url)
     assert "a buffer holds them back" in told.faults["tokens"]
-    assert told.checks["keep-alive"].message == "cannot be seen while answers do not arrive as they should"
 
 
 async def test_by_name() -> None:
