@@ -20,6 +20,8 @@ import httpx
 from anyio.abc import SocketAttribute
 from anyio.streams.tls import TLSAttribute
 
+from chatproxy.config import origin
+
 # Seconds for what a healthy service does at once.
 PROMPT = 5.0
 
@@ -47,35 +49,36 @@ class Target:
     @classmethod
     def parse(cls, url: str) -> "Target":
         parts = urlsplit(url)
-        plain = not (parts.query or parts.fragment or parts.username or parts.password)
-        if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
+        try:
+            page, port = origin(url), parts.port
+        except ValueError:  # a port that is none
+            page = ""
+        if not page or parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
             raise ValueError("expected an http or https address such as https://chat.example.com")
-        tls = parts.scheme == "https"
-        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-        usual = 443 if tls else 80
-        origin = f"{parts.scheme}://{host}" + ("" if parts.port in (None, usual) else f":{parts.port}")
-        prefix = parts.path.rstrip("/")
-        return cls(f"{origin}{prefix}", parts.hostname, parts.port or usual, tls, prefix, origin)
+        if parts.username is not None:
+            raise ValueError("expected an http or https address without a user's name")
+        tls, prefix = parts.scheme == "https", parts.path.rstrip("/")
+        return cls(f"{page}{prefix}", parts.hostname, port or (443 if tls else 80), tls, prefix, page)
 
 
-async def connect(target: Target) -> tuple[str, float]:
+async def connect(target: Target, within: float = PROMPT) -> tuple[str, float]:
     """The IP address that takes connections, and the seconds that one took. Raises Unreachable."""
     started = time.monotonic()
     try:
-        with anyio.fail_after(PROMPT):
+        with anyio.fail_after(within):
             stream = await anyio.connect_tcp(target.host, target.port)
     except socket.gaierror as error:
         text = f"the name {target.host} has no address ({_reason(error)}): look at its DNS record"
         raise Unreachable(text) from None
     except TimeoutError:
-        raise Unreachable(f"no answer from port {target.port} within {PROMPT:.0f} s: is a firewall closed?") from None
+        raise Unreachable(f"no answer from port {target.port} within {within:.0f} s: is a firewall closed?") from None
     except OSError as error:
-        cause = error.__cause__
-        causes = cause.exceptions if isinstance(cause, BaseExceptionGroup) else (cause,)
-        if all(isinstance(each, ConnectionRefusedError) for each in causes):
+        cause = error.__cause__ or error
+        causes = cause.exceptions if isinstance(cause, BaseExceptionGroup) else (cause,)  # one for each address
+        if any(isinstance(each, ConnectionRefusedError) for each in causes):
             text = f"refused: nothing listens on port {target.port}; is the service down?"
         else:
-            text = f"no connection to port {target.port}: {_reason(error)}"
+            text = f"no connection to port {target.port}: {_reason(causes[-1])}"
         raise Unreachable(text) from None
     seconds = time.monotonic() - started
     address = str(stream.extra(SocketAttribute.remote_address)[0])  # noqa: S610 -- anyio's, not Django's
@@ -112,12 +115,8 @@ async def secure(target: Target, context: ssl.SSLContext) -> Secured:
     return Secured(connection.version() or "TLS", days, connection.selected_alpn_protocol())
 
 
-def _reason(error: Exception) -> str:
-    """In a few words; of several addresses none of which was to be had, of the last one."""
-    while isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[-1]
+def _reason(error: BaseException) -> str:
+    """In a few words."""
     if isinstance(error, ssl.SSLError) and error.reason:
         return error.reason.replace("_", " ").lower()
     return getattr(error, "strerror", None) or type(error).__name__

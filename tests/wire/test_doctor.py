@@ -78,15 +78,19 @@ async def command(*arguments: str, **variables: str) -> tuple[int, str, str]:
 
 
 @asynccontextmanager
-async def canned(replies: Mapping[str, bytes]) -> AsyncIterator[str]:
-    """A server that answers with these bytes, by the beginning of the request line; else with 404."""
+async def canned(replies: Mapping[str, bytes | list[bytes | float]]) -> AsyncIterator[str]:
+    """A server that answers with these bytes and pauses, by the beginning of the request line; else with 404."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             line = (await reader.readuntil(b"\r\n\r\n")).decode()
             found = [reply for start, reply in replies.items() if line.startswith(start)]
-            writer.write(found[0] if found else response(404, "application/json", b"[]"))
-            await writer.drain()
+            reply = found[0] if found else response(404, "application/json", b"[]")
+            for step in [reply] if isinstance(reply, bytes) else reply:
+                if isinstance(step, bytes):
+                    writer.write(step)
+                else:
+                    await asyncio.sleep(step)
         writer.close()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
@@ -211,6 +215,33 @@ async def test_long_keep_alive() -> None:
     assert "none within 1 s" in told.checks["keep-alive"].message
 
 
+async def test_forgotten() -> None:
+    """An abandoned answer that is forgotten when the doctor looks again is no fault."""
+    async with serving(NOBODY, **BRIEF, replay_ttl=0.2) as service:
+        told = await doctor(service.url)
+    assert told.faults == {}
+    assert "404 stream_not_found" in told.checks["leaving"].message
+
+
+async def test_lumps_of_the_demo() -> None:
+    """The demo never sends lumps, so somebody makes them."""
+    demo = response(200, "application/json", b'{"status": "ok", "demo": true}')
+    lumps: list[bytes | float] = [events(end=b"")]
+    for number in range(5):
+        lumps += [b"".join(b"data: a\nid: a-%d\n\n" % (8 * number + each) for each in range(8)), 0.5]
+    async with canned({**OURS, "GET /readyz": demo, "POST": lumps}) as url:
+        told = await doctor(url)
+    assert "a buffer holds them back" in told.faults["tokens"]
+
+
+async def test_by_name() -> None:
+    """Metrics that are open on this machine are no fault by its name either."""
+    async with Upstream(PACED) as grok, serving(grok.url) as service:
+        told = await doctor(f"http://localhost:{service.port}")
+    assert told.faults == {}
+    assert told.marks["metrics"] is None
+
+
 async def test_not_ready() -> None:
     """A service that is not ready is told with the reason."""
     unready = response(503, "application/json", b'{"status": "unavailable", "reason": "draining"}')
@@ -251,6 +282,7 @@ def events(*ids: int, end: bytes = b"data: [DONE]\nid: a-9\n\n") -> bytes:
         ({"POST": events(1, 2), "GET": response(404, "text/html", b"")}, "resume", "404 and an HTML page"),
         ({"POST": events(1, 2), "GET": events(1, 2)}, "resume", "is something cached?"),
         ({"POST": events(1), "GET": events(end=b""), "DELETE": b""}, "ending", "broken off after 0.0 s"),
+        ({"POST": response(200, "text/event-stream", b"")}, "first token", "no token within 0 s"),
     ],
 )
 async def test_not_resumed(routes: Mapping[str, bytes], fault: str, says: str) -> None:
@@ -303,5 +335,4 @@ async def test_command_is_not_understood(arguments: list[str]) -> None:
 
 async def test_no_such_name() -> None:
     """A name without an address is told as that."""
-    told = await doctor("http://nobody.invalid")
-    assert "nobody.invalid has no address" in told.faults["reachable"]
+    assert "nobody.invalid has no address" in (await doctor("http://nobody.invalid")).faults["reachable"]
