@@ -122,7 +122,7 @@ async def test_program_that_stops(grok: Upstream, service: Local, streamed: bool
     await grok.calls[0].hung_up(within=1)
 
 
-async def test_not_resumable(grok: Upstream, service: Local) -> None:
+async def test_not_resumable_for_openai(grok: Upstream, service: Local) -> None:
     """Nothing is kept here: what would make an answer resumable elsewhere means nothing."""
     grok.play(stream("a"))
     key = {"Idempotency-Key": "k"}

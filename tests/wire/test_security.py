@@ -446,7 +446,7 @@ async def test_no_origin_no_cors(service: Local) -> None:
 
 
 @pytest.mark.parametrize("sent", ["a", "A-b_c.9", "x" * 128])
-async def test_request_id(service: Local, sent: str) -> None:
+async def test_request_id_in_every_answer(service: Local, sent: str) -> None:
     """A sane id of the caller's is kept."""
     assert (await service.client.get("/healthz", headers={"X-Request-ID": sent})).headers["X-Request-ID"] == sent
 

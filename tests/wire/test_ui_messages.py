@@ -379,7 +379,7 @@ async def come_back(service: Local, chat: str, **headers: str) -> httpx.Response
     return await service.client.get(f"/api/chat/{chat}/stream", headers=headers)
 
 
-async def test_reload(grok: Upstream, service: Local) -> None:
+async def test_reload_of_a_chat(grok: Upstream, service: Local) -> None:
     """A page that is loaded again gets the answer from its start, under the same message id, and Grok is asked once."""
     gate, chat = Gate(), uuid()
     grok.play(stream("a", gate, "b\r\n"))
