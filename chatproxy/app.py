@@ -1,5 +1,6 @@
 """The composition root: settings become an ASGI application. Does not know the environment, nor what a chat is."""
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -20,6 +21,8 @@ from chatproxy.services.limits import BodyMemory, Concurrency, MemoryRateLimiter
 from chatproxy.services.store import MemoryStore
 from chatproxy.services.streams import StreamRegistry
 
+log = logging.getLogger(__name__)
+
 
 def create_app(settings: Settings) -> Starlette:
     """The service as an ASGI application. What it holds open lives as long as its lifespan.
@@ -31,6 +34,10 @@ def create_app(settings: Settings) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[AppState]:
+        if settings.grok_api_key is None:
+            log.warning("GROK_API_KEY is not set: answers come from the built-in demo, not from Grok")
+        for warning in settings.warnings:
+            log.warning("%s", warning)
         async with AsyncExitStack() as stack:
             base_url = settings.grok_base_url
             if settings.grok_api_key is None:
@@ -57,7 +64,7 @@ def create_app(settings: Settings) -> Starlette:
             tasks.cancel_scope.cancel()
 
     app = Starlette(
-        routes=routes(settings.try_page),
+        routes=routes(settings),
         lifespan=lifespan,
         middleware=[
             Middleware(RequestLogMiddleware, metrics, lifecycle),

@@ -180,6 +180,11 @@ class Abandoned(ServiceError):
     message = "Nobody was reading the answer, so it was stopped. Start a new chat."
 
 
+class ToolLimit(ServiceError):
+    status, code = 503, "tool_limit"
+    message = "Grok wanted to search more often than this service allows for one answer. Ask for something narrower."
+
+
 class ReplayLost(ServiceError):
     status, code = 503, "replay_lost"
     message = "Part of the answer that you missed is no longer kept. Start a new chat."

@@ -47,6 +47,9 @@ class Metrics:
         self.tokens = cache(
             Counter("chatproxy_tokens", "Tokens as Grok counts them.", ["kind"], registry=registry).labels
         )
+        self.tool_calls = cache(
+            Counter("chatproxy_tool_calls", "Searches that Grok has made, by tool.", ["tool"], registry=registry).labels
+        )
         self.stream_ends = cache(
             Counter(
                 "chatproxy_stream_ends", "Ends of answers, by kind and code.", ["end", "code"], registry=registry
@@ -81,6 +84,8 @@ class Metrics:
         ):
             if tokens and tokens > 0:
                 self.tokens(kind).inc(tokens)
+        for tool, calls in summary.tool_calls.items():
+            self.tool_calls(tool).inc(calls)
 
     def render(self) -> bytes:
         """All of them in Prometheus' text format."""

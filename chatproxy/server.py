@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from ipaddress import ip_address
 
+import anyio
 import uvicorn
 
 from chatproxy.app import create_app
@@ -129,31 +130,26 @@ async def serve(settings: Settings, sock: socket.socket, *, reloading: bool = Fa
     `reloading`: under a reloader, which passes on what reaches both of us from a terminal. So there what
     comes within half a second is the first signal still.
     """
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    impatient_from = 0.0
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with anyio.create_task_group() as tasks:
+            async with Server(settings).running(sock) as port:
+                # What is here now stays: no need to look through it again with each collection of garbage.
+                gc.collect()
+                gc.freeze()
+                host = sock.getsockname()[0]
+                host = f"[{host}]" if ":" in host else host
+                log.info("listening on %s:%d: open http://%s:%d", host, port, _browsable(host), port)
+                await anext(signals)
+                log.info("draining: no new chats; running ones have %g s", settings.drain_timeout)
+                tasks.start_soon(_exit_at_next, signals, 0.5 if reloading else 0.0)
+            tasks.cancel_scope.cancel()
 
-    def on_signal() -> None:
-        nonlocal impatient_from
-        if not stop.is_set():
-            impatient_from = loop.time() + (0.5 if reloading else 0)
-            stop.set()
-        elif loop.time() >= impatient_from:
-            log.warning("second signal: stopping at once")
-            os._exit(1)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal)
-    async with Server(settings).running(sock) as port:
-        # What is here now stays: no need to look through it again with each collection of garbage.
-        gc.collect()
-        gc.freeze()
-        host = sock.getsockname()[0]
-        host = f"[{host}]" if ":" in host else host
-        log.info("listening on %s:%d: open http://%s:%d", host, port, _browsable(host), port)
-        if settings.grok_api_key is None:
-            log.warning("GROK_API_KEY is not set: answers come from the built-in demo, not from Grok")
-        for warning in settings.warnings:
-            log.warning("%s", warning)
-        await stop.wait()
-        log.info("draining: no new chats; running ones have %g s", settings.drain_timeout)
+async def _exit_at_next(signals: AsyncIterator[signal.Signals], after: float) -> None:
+    """End the process at the next signal that comes more than `after` seconds from now."""
+    with anyio.move_on_after(after):
+        while True:
+            await anext(signals)
+    await anext(signals)
+    log.warning("second signal: stopping at once")
+    os._exit(1)

@@ -5,6 +5,7 @@ Section numbers are those of the WHATWG HTML standard, "Server-sent events".
 """
 
 import re
+from collections.abc import Mapping
 
 # One line or event larger than this is not a chat chunk, it is a fault or an attack.
 MAX_EVENT_BYTES = 1_000_000
@@ -22,14 +23,26 @@ class TooLong(ValueError):
 class Decoder:
     """Turns the bytes of an event stream, cut anywhere, into the data of its events.
 
-    Lines end with LF, CR LF or CR and nothing else (9.2.5). Event types, ids and comments are
-    skipped: Grok sends none that matter. `max_event_bytes` bounds a line and an event.
+    Lines end with LF, CR LF or CR and nothing else (9.2.5). Ids and comments are skipped: Grok
+    sends none that matter. `max_event_bytes` bounds a line and an event; `larger` gives the bound
+    of those event types that have another one, where the type comes before the data.
     """
 
-    __slots__ = ("_after_cr", "_data", "_data_size", "_rest", "_rest_size", "_started", "max_event_bytes")
+    __slots__ = (
+        "_after_cr",
+        "_data",
+        "_data_size",
+        "_larger",
+        "_limit",
+        "_rest",
+        "_rest_size",
+        "_started",
+        "max_event_bytes",
+    )
 
-    def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
-        self.max_event_bytes = max_event_bytes
+    def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES, larger: Mapping[bytes, int] | None = None) -> None:
+        self.max_event_bytes = self._limit = max_event_bytes
+        self._larger = larger or {}
         self._started = False
         self._after_cr = False
         self._rest: list[bytes] = []  # an unfinished line, in the cuts it came in
@@ -49,7 +62,8 @@ class Decoder:
 
         lines = piece.split(b"\n")
         self._rest_size += len(lines[0])
-        if self._rest_size > self.max_event_bytes:
+        limit = self._limit
+        if self._rest_size > limit:
             raise TooLong
         rest = lines.pop()
         if lines:
@@ -70,12 +84,16 @@ class Decoder:
             if line.startswith(b"data:") or line == b"data":
                 data.append(line[6:] if line[5:6] == b" " else line[5:])
                 size += len(line)
-                if size > self.max_event_bytes:
+                if size > limit:
                     raise TooLong
-            elif not line and data:  # 9.2.6: an event without a data line is not dispatched
-                events.append(data[0] if len(data) == 1 else b"\n".join(data))
-                data, size = [], 0
-        self._data, self._data_size = data, size
+            elif not line:
+                if data:  # 9.2.6: an event without a data line is not dispatched
+                    events.append(data[0] if len(data) == 1 else b"\n".join(data))
+                    data, size = [], 0
+                limit = self.max_event_bytes
+            elif line.startswith(b"event:"):
+                limit = self._larger.get(line[6:].removeprefix(b" "), self.max_event_bytes)
+        self._data, self._data_size, self._limit = data, size, limit
         return events
 
 
@@ -119,6 +137,8 @@ def encode(data: str, type: str | None = None, id: str | None = None) -> bytes:
     """
     if "\n" in data:
         data = data.replace("\n", "\ndata: ")
+    if type is id is None:
+        return f"data: {data}\n\n".encode()
     head = f"event: {type}\n" if type else ""
     tail = f"id: {id}\n" if id else ""
     return f"{head}data: {data}\n{tail}\n".encode()

@@ -78,10 +78,12 @@ def environment(upstream_url: str, **changes: object) -> dict[str, str]:
     }
 
 
-def from_recordings(parameters: Callable[[Path], Iterable[ParameterSet]]) -> list[ParameterSet]:
-    """What is made of the directory that XAI_RECORDINGS names; without it one parameter that is skipped."""
-    directory = os.environ.get("XAI_RECORDINGS")
-    skip = pytest.mark.skip(reason="XAI_RECORDINGS names no directory of recordings")
+def from_recordings(
+    parameters: Callable[[Path], Iterable[ParameterSet]], variable: str = "XAI_RECORDINGS"
+) -> list[ParameterSet]:
+    """What is made of the directory that the variable names; without it one parameter that is skipped."""
+    directory = os.environ.get(variable)
+    skip = pytest.mark.skip(reason=f"{variable} names no directory of recordings")
     return [*parameters(Path(directory))] if directory else [pytest.param(None, marks=skip, id="none")]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, ClassVar, Literal
 
 import msgspec
-from msgspec import Meta, Raw, Struct
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from chatproxy import sse
 from chatproxy.errors import ChatError
@@ -28,6 +28,7 @@ from chatproxy.formats import Asked, EncodeFrame, encode_error, encode_json
 from chatproxy.formats.requests import decode_body
 
 Include = Literal["reasoning", "finish", "tools", "citations"]
+Tool = Literal["web_search", "x_search"]
 
 
 class ChatRequest(Redacted, Struct, frozen=True):
@@ -38,6 +39,9 @@ class ChatRequest(Redacted, Struct, frozen=True):
         str | None, Meta(description="Any stable name of the conversation; makes Grok's prompt cache hit.")
     ] = None
     include: Annotated[list[Include] | None, Meta(description="Events wanted beside the text.")] = None
+    tools: Annotated[
+        list[Tool] | None, Meta(description="What Grok may search, if this service's operator allows it.")
+    ] = None
     resumable: Annotated[bool | None, Meta(description="Number the events, so that a reader can come back.")] = None
 
 
@@ -47,6 +51,15 @@ class FinishData(Struct):
     finish_reason: str | None
     model: str | None
     usage: Annotated[Raw, Meta(extra_json_schema={"type": ["object", "null"]})]
+    api: Annotated[Literal["chat", "responses"], Meta(description="Which of xAI's APIs has told the usage.")]
+
+
+class ToolData(Redacted, Struct):
+    """The data of `event: tool`: a search has started, or has completed. Then it tells what was searched for."""
+
+    tool: str
+    status: Literal["started", "completed"]
+    query: str | UnsetType | None = UNSET
 
 
 _decoder = msgspec.json.Decoder(ChatRequest)
@@ -57,7 +70,7 @@ def decode_request(body: bytes, request_id: str) -> Asked:
     request = decode_body(_decoder, body)
     include = frozenset(request.include or ())
     return Asked(
-        Chat(request.messages, request.sessionId),
+        Chat(request.messages, request.sessionId, tuple(request.tools or ())),
         lambda _, frame: Plain(request_id, include, frame),
         bool(request.resumable),
     )
@@ -71,6 +84,8 @@ class Plain:
     keep_alive = sse.KEEP_ALIVE
     whole: ClassVar[bool] = False
 
+    __slots__ = ("_frame", "_include", "_reasoning", "_request_id", "_text")
+
     def __init__(self, request_id: str, include: Collection[Include] = (), frame: EncodeFrame = sse.encode) -> None:
         self._request_id = request_id
         self._include = include
@@ -83,18 +98,23 @@ class Plain:
         frames: list[bytes] = []
         for event in events:
             match event:
-                case TextDelta():
-                    frames += [frame(data, None) for data in self._text.feed(event.text)]
+                case TextDelta(text=text):
+                    frames += [frame(data, None) for data in self._text.feed(text)]
                 case ReasoningDelta() if "reasoning" in self._include:
                     frames += [frame(data, "reasoning") for data in self._reasoning.feed(event.text)]
+                case ToolCall() if "tools" in self._include:
+                    query = UNSET if event.status == "started" else event.query
+                    frames.append(frame(encode_json(ToolData(event.tool, event.status, query)).decode(), "tool"))
+                case Citations() if "citations" in self._include:
+                    frames.append(frame(encode_json(event.sources).decode(), "citations"))
                 case Finished() if "finish" in self._include:
-                    finish = FinishData(event.reason, event.model, event.usage or Raw(b"null"))
+                    finish = FinishData(event.reason, event.model, event.usage or Raw(b"null"), event.api)
                     frames.append(frame(encode_json(finish).decode(), "finish"))
                 case Done():
                     frames.append(frame(sse.DONE, None))
                 case Failed():
                     frames += self.encode_failure(event.error)
-                case ToolCall() | Citations() | _:
+                case _:
                     pass
         return frames
 

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from chatproxy import sse
-from chatproxy.errors import Draining, TooManyMessages
+from chatproxy.errors import Draining, InvalidRequest, TooManyMessages
 from chatproxy.events import StreamSummary
 from chatproxy.formats import Asked, MakeFormat
 from chatproxy.routes.bodies import idempotency_key, read_body, require_json, traceparent
@@ -94,6 +94,10 @@ async def _prepare(request: Request[AppState], caller: Caller, decode: Callable[
         asked = decode(body, request_id)
         if len(asked.chat.messages) > state["settings"].max_messages:
             raise TooManyMessages(param="messages")
+        for number, tool in enumerate(asked.chat.tools):
+            if tool not in state["settings"].grok_tools:
+                param = f"tools[{number}]"
+                raise InvalidRequest(f"{param}: The operator of this service does not allow this search.", param=param)
         digest = hashlib.sha256(body).digest()
         completion = state["grok"].stream(asked.chat, traceparent(request))
     except BaseException:

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import re
+from collections.abc import Iterable
 from importlib.resources import files
 
 from starlette.requests import Request
@@ -10,13 +11,15 @@ from starlette.responses import Response
 
 
 class Assets:
-    """The files, read once, and one endpoint for each."""
+    """The files, read once, and one endpoint for each. `tools` are the searches that clients may ask for."""
 
-    def __init__(self) -> None:
+    def __init__(self, tools: Iterable[str]) -> None:
         self._client = _File("client.js", "text/javascript")
         # By its ending a browser would take TypeScript for a video; nobody but people and tools reads it.
         self._types = _File("client.d.ts", "text/plain")
-        self._page = _File("page.html", "text/html", {"Referrer-Policy": "no-referrer"})
+        # The page offers the searches that the operator allows.
+        offered = ('data-tools=""', f'data-tools="{",".join(tools)}"')
+        self._page = _File("page.html", "text/html", {"Referrer-Policy": "no-referrer"}, offered)
         html = self._page.body.decode()
         # The page may run its own script, which imports client.js, and talk to this service only.
         self._page.headers["Content-Security-Policy"] = (
@@ -41,8 +44,15 @@ class Assets:
 class _File:
     """A file of the package. Browsers keep a copy, and ask each time whether it is still the right one."""
 
-    def __init__(self, name: str, media_type: str, headers: dict[str, str] | None = None) -> None:
-        self.body = files("chatproxy").joinpath("browser", name).read_bytes()
+    def __init__(
+        self,
+        name: str,
+        media_type: str,
+        headers: dict[str, str] | None = None,
+        replaced: tuple[str, str] = ("", ""),
+    ) -> None:
+        text = files("chatproxy").joinpath("browser", name).read_text("utf-8")
+        self.body = text.replace(*replaced, 1).encode()
         self._media_type = media_type
         self._etag = f'"{hashlib.sha256(self.body).hexdigest()[:32]}"'
         self.headers = {

@@ -13,48 +13,37 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from chatproxy import __version__, errors
-from chatproxy.errors import ChatError, RequestError, UpstreamError
+from chatproxy.errors import ChatError
+from chatproxy.events import Source
 from chatproxy.formats import ErrorBody
 from chatproxy.formats.openai import CompletionRequest
-from chatproxy.formats.plain import ChatRequest, FinishData
+from chatproxy.formats.plain import ChatRequest, FinishData, ToolData
 from chatproxy.formats.ui_messages import UIChatRequest
 from chatproxy.routes.answers import Created
 from chatproxy.routes.openai import Model, ModelList
 from chatproxy.routes.operations import Health
+from chatproxy.routes.possible_errors import (
+    BY_ID_ERRORS,
+    CHAT_ERRORS,
+    HEALTH_ERRORS,
+    NO_ROUTE_ERRORS,
+    NON_API_ERRORS,
+    STREAM_ERRORS,
+    STREAM_ROUTE_ERRORS,
+    V1_CHAT_ERRORS,
+    V1_MODEL_ERRORS,
+    V1_MODELS_ERRORS,
+    Kinds,
+)
 from chatproxy.routes.responses import JSONResponse
 from chatproxy.routes.state import AppState
 
 Object = dict[str, Any]
 
-_TYPES = (ChatRequest, UIChatRequest, CompletionRequest, Created, ErrorBody, FinishData, Health, Model, ModelList)
+_REQUESTS = (ChatRequest, UIChatRequest, CompletionRequest)
+_TYPES = (*_REQUESTS, Created, ErrorBody, FinishData, Health, Model, ModelList, Source, ToolData)
 _REFERENCES, _SCHEMAS = msgspec.json.schema_components(_TYPES, ref_template="#/components/schemas/{name}")
 _SCHEMA = dict(zip(_TYPES, _REFERENCES, strict=True))
-
-# Which errors are possible where.
-
-Kinds = set[type[ChatError]]
-NO_ROUTE_ERRORS: Kinds = {errors.NotFound, errors.MethodNotAllowed}
-HEALTH_ERRORS: Kinds = {errors.HeadersTooLarge, errors.InternalError}
-NON_API_ERRORS: Kinds = {*HEALTH_ERRORS, errors.HostNotAllowed}
-API_ERRORS: Kinds = {*NON_API_ERRORS, errors.OriginNotAllowed}
-BY_ID_ERRORS: Kinds = {*API_ERRORS, errors.NotFound}  # an id with a slash in it makes another path
-STREAM_ROUTE_ERRORS: Kinds = {*BY_ID_ERRORS, errors.StreamNotFound, errors.InvalidLastEventID}
-STREAM_ROUTE_ERRORS |= {errors.Busy, errors.RateLimited}
-CHAT_ERRORS: Kinds = {*RequestError.__subclasses__(), *UpstreamError.__subclasses__()}
-CHAT_ERRORS |= {errors.Busy, errors.Draining, errors.InternalError, errors.StoreUnavailable}
-CHAT_ERRORS -= {*NO_ROUTE_ERRORS, errors.StreamNotFound, errors.InvalidLastEventID}
-V1_CHAT_ERRORS: Kinds = {*CHAT_ERRORS, errors.InvalidLastEventID} - {errors.NotAcceptable}
-CHAT_ERRORS -= {
-    errors.ModelNotFound,
-    errors.UpstreamCutOff,
-    errors.IdleTimeout,
-    errors.EmptyAnswer,
-}  # only after a first chunk
-V1_MODELS_ERRORS: Kinds = {*API_ERRORS, errors.Unauthorized}
-V1_MODEL_ERRORS: Kinds = {*V1_MODELS_ERRORS, errors.NotFound, errors.ModelNotFound}
-STREAM_ERRORS: Kinds = {*UpstreamError.__subclasses__(), errors.ContentPolicy, errors.ContextLengthExceeded}
-STREAM_ERRORS |= {errors.Stopped, errors.Abandoned, errors.ReplayLost, errors.StreamNotFound, errors.StoreUnavailable}
-STREAM_ERRORS |= {errors.Draining, errors.InternalError}
 
 _HEADERS = {
     "Allow": "The methods that this path takes.",
@@ -161,6 +150,12 @@ _EVENTS = {
             "oneOf": [
                 _event("message", "A piece of the answer, or `[DONE]`: it is complete."),
                 _event("reasoning", "A piece of the reasoning, if included."),
+                _event("tool", "A search has started or completed, if included.", _SCHEMA[ToolData]),
+                _event(
+                    "citations",
+                    "The pages that the answer refers to, before the finish, if included and if there are any.",
+                    {"type": "array", "items": _SCHEMA[Source], "maxItems": 100},
+                ),
                 _event("finish", "Just before the end, if included.", _SCHEMA[FinishData]),
                 _event("error", "In place of `[DONE]`, if the answer failed.", _failure(STREAM_ERRORS)),
             ],

@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Protocol
 
 from chatproxy.errors import ChatError, EmptyAnswer
-from chatproxy.events import Done, Event, Failed, Finished, ReasoningDelta, Started, StreamSummary, TextDelta
+from chatproxy.events import Done, Event, Failed, Finished, ReasoningDelta, Started, StreamSummary, TextDelta, ToolCall
 
 # Events that came together, and whether they are the last.
 Batch = tuple[Sequence[Event], bool]
@@ -48,7 +48,13 @@ async def relay(
             try:
                 async for received in source:
                     for event in received:
-                        _count(event, summary)
+                        if type(event) is TextDelta:
+                            if not summary.deltas:
+                                summary.first_token_ms = round((time.monotonic() - summary.started_at) * 1000, 1)
+                            summary.deltas += 1
+                            summary.characters += len(event.text)
+                        else:
+                            _count(event, summary)
                     events += received
                     if source.ended:
                         break
@@ -80,13 +86,10 @@ async def relay(
 
 def _count(event: Event, summary: StreamSummary) -> None:
     match event:
-        case TextDelta():
-            if not summary.deltas:
-                summary.first_token_ms = round((time.monotonic() - summary.started_at) * 1000, 1)
-            summary.deltas += 1
-            summary.characters += len(event.text)
         case ReasoningDelta():
             summary.characters += len(event.text)
+        case ToolCall(tool=tool, status="started"):
+            summary.tool_calls[tool] = summary.tool_calls.get(tool, 0) + 1
         case _:
             pass
 

@@ -222,3 +222,24 @@ async def violations(page: Page) -> list[Any]:
             [html, any.map(({ message }) => message)])])"""
     )
     return found
+
+
+async def test_search_in_the_demo(page: Page) -> None:
+    """Where the operator allows searches the page offers them; the demo's sources are shown, and open safely."""
+    demo = {"grok_api_key": None, "grok_base_url": None, "grok_api": "responses", "grok_tools": "web_search"}
+    async with serving("", **demo) as service:
+        await page.goto(service.url)
+        await page.get_by_role("checkbox", name="Search").check()
+        await say(page, "Hi")
+        await expect(page.get_by_role("status")).to_have_text("Answer complete.")
+        links = await page.locator("#log a").evaluate_all(
+            "(links) => links.map((link) => [link.protocol, link.rel, link.target])"
+        )
+        assert links == [["https:", "noreferrer noopener", "_blank"]] * 2
+
+
+async def test_no_search_without_permission(page: Page) -> None:
+    """Elsewhere it does not."""
+    async with Upstream() as upstream, serving(upstream.url) as service:
+        await page.goto(service.url)
+        await expect(page.get_by_role("checkbox", name="Search")).to_be_hidden()

@@ -128,7 +128,7 @@ async def test_optional_events() -> None:
     [first, [b, finish, end]] = await steps(Grok(reads), "finish")
     assert (first, b, end) == ([Event("a")], Event("b"), END)
     assert finish.type == "finish"
-    assert json.loads(finish.data) == {"finish_reason": "length", "model": "grok-5", "usage": USAGE}
+    assert json.loads(finish.data) == {"finish_reason": "length", "model": "grok-5", "usage": USAGE, "api": "chat"}
 
 
 CUT = errors.UpstreamCutOff()

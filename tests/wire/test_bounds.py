@@ -156,6 +156,20 @@ async def test_places_are_freed(resumable: bool) -> None:
         assert (await service.ask(resumable=resumable)).status_code == 200
 
 
+@pytest.mark.parametrize("resumable", [False, True], ids=["plain", "resumable"])
+async def test_place_is_free_at_the_end_marker(resumable: bool) -> None:
+    """Whoever has read `[DONE]` may ask again, also while Grok takes its time to end the body."""
+    async with (
+        Upstream([*stream("a")[:-1], 0.8, b"0\r\n\r\n"]) as grok,
+        serving(grok.url, max_streams=1, max_streams_per_client=1) as service,
+    ):
+        for _ in range(3):
+            async with service.asking(resumable=resumable) as live:
+                while (event := await live.event()).data != "[DONE]":
+                    assert event.type == "message"
+        assert len(grok.calls) == 3
+
+
 # Memory.
 
 

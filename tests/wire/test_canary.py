@@ -15,8 +15,10 @@ from chatproxy.config import load
 from chatproxy.events import TextDelta
 from chatproxy.formats.plain import decode_request
 from chatproxy.services.grok import chat_completions, failures
+from tests import responses
 from tests.conftest import Service, environment, serving, spawned
 from tests.readers import standard
+from tests.responses import CREATED
 from tests.upstream import CLOSE, HANG, RESET, Script, Upstream, chunk, error, frame, sse, stream
 
 pytestmark = pytest.mark.anyio
@@ -54,13 +56,35 @@ SCRIPTS: list[Script] = [
 ]
 
 
-async def every_way(service: Service) -> list[httpx.Response]:
+NOTE = responses.source(f"https://canary.example/{ANSWER}", ANSWER)
+FOUND = [*responses.searched(0, ANSWER), *responses.message(1, ANSWER), responses.cited(1, NOTE)]
+REFUSAL = {"code": ANSWER, "message": QUOTES}
+
+# The same on the Responses API, where there are searches and sources as well.
+RESPONSES: list[Script] = [
+    sse(CREATED, *responses.reasoned(2, ANSWER), *FOUND, responses.ended(None, [responses.message_item(ANSWER)])),
+    sse(CREATED, *FOUND, CLOSE),
+    sse(CREATED, *FOUND, *responses.searched(3, ANSWER)),  # one too many
+    sse(CREATED, *FOUND, responses.event("error", **REFUSAL)),
+    sse(CREATED, responses.event("error", **REFUSAL)),
+    sse(CREATED, responses.failed(ANSWER, QUOTES)),
+    sse(CREATED, b"data: {" + ANSWER.encode() + b"\n\n"),
+    sse(CREATED, frame({"error": QUOTES, "code": ANSWER})),
+    sse(CREATED, responses.delta(0, ANSWER), responses.ended(ANSWER, usage={"input_tokens": ANSWER})),
+    sse(CREATED, *[responses.event(f"response.{ANSWER}", delta=ANSWER)] * 2),
+    sse(CREATED),
+    error(422, {"error": QUOTES}),
+    error(200, responses.response(output=[responses.message_item(ANSWER)])),
+]
+
+
+async def every_way(service: Service, scripts: list[Script]) -> list[httpx.Response]:
     """Everything that a caller may do, full of canaries; gives the answers that are no streams."""
     fields = {"sessionId": SESSION, CANARY: CANARY}
     headers = {"Authorization": f"Bearer {TOKEN}", "Idempotency-Key": CANARY}
     answers = []
     for resumable in (False, True):
-        for number, _ in enumerate(SCRIPTS):
+        for number, _ in enumerate(scripts):
             key = {"Idempotency-Key": f"{CANARY}-{number}-{resumable}"}
             response = await service.ask(PROMPT, resumable=resumable, headers={**headers, **key}, **fields)
             assert all(CANARY not in event.data for event in standard(response.content) if event.type == "error")
@@ -72,6 +96,7 @@ async def every_way(service: Service) -> list[httpx.Response]:
     for content in (
         *(f"{{{CANARY}", f'"{CANARY}"', body.replace("user", CANARY), body.replace('"content"', f'"{CANARY}"')),
         *(body[:-1] + f', "include": ["{CANARY}"]}}', body[:-1] + f', "resumable": "{CANARY}"}}', body * 2),
+        *(body[:-1] + f', "tools": ["{CANARY}"]}}', body[:-1] + f', "tools": "{CANARY}"}}'),
     ):
         headers["Content-Type"] = "application/json"
         answers.append(await service.client.post("/api/chat", content=content, headers=headers))
@@ -92,10 +117,15 @@ async def every_way(service: Service) -> list[httpx.Response]:
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
-@pytest.mark.parametrize("transport", ["fast", "httpx"])
-async def test_nowhere(log_format: str, transport: str) -> None:
+@pytest.mark.parametrize(
+    ("transport", "api", "scripts"),
+    [("fast", "chat", SCRIPTS), ("httpx", "chat", SCRIPTS), ("fast", "responses", RESPONSES)],
+    ids=["fast", "httpx", "responses"],
+)
+async def test_nowhere(log_format: str, transport: str, api: str, scripts: list[Script]) -> None:
     """Neither in logs at the level of debugging, errors, metrics, nor the list of processes; through every failure."""
-    grok = Upstream(*SCRIPTS, *SCRIPTS, stream(ANSWER, HANG), key=error(400, {"error": QUOTES}))
+    last = stream(ANSWER, HANG) if api == "chat" else responses.answer(ANSWER, HANG)
+    grok = Upstream(*scripts, *scripts, last, key=error(400, {"error": QUOTES}))
     async with (
         grok,
         spawned(
@@ -105,6 +135,8 @@ async def test_nowhere(log_format: str, transport: str) -> None:
             access_tokens=TOKEN,
             system_prompt=SYSTEM,
             grok_transport=transport,
+            grok_api=api,
+            max_tool_calls=1,
             log_level="debug",
             log_format=log_format,
             grok_retries=0,
@@ -112,14 +144,14 @@ async def test_nowhere(log_format: str, transport: str) -> None:
             drain_timeout=0,
         ) as service,
     ):
-        answers = await every_way(service)
+        answers = await every_way(service, scripts)
         command = Path(f"/proc/{service.pid}/cmdline").read_bytes()
         async with service.asking(PROMPT, headers={"Authorization": f"Bearer {TOKEN}"}) as live:
             await live.event()
             service.process.send_signal(signal.SIGTERM)
             await live.rest()
         assert await service.exit_code() == 0
-    assert len(grok.calls) == 2 * len(SCRIPTS) + 2
+    assert len(grok.calls) == 2 * len(scripts) + 2
     for answer in answers:
         assert CANARY not in answer.text
         assert CANARY not in str(answer.headers).lower()

@@ -220,6 +220,8 @@ ELSEWHERE = {
     "connect_timeout", "first_token_timeout", "idle_timeout", "stream_timeout",  # test_clocks
     "upstream_cut_off", "empty_answer",  # test_chat
     "draining",  # test_shutdown
+    "tool_limit",  # test_searches
+    "model_not_found",  # test_openai
     "invalid_last_event_id", "stopped", "abandoned", "replay_lost", "store_unavailable",  # resumable answers
     "headers_too_large", "body_timeout",  # the tests of what is no chat at all
 }  # fmt: skip

@@ -60,6 +60,8 @@ USELESS_KEYS: dict[str, Script] = {
     "403": error(403, {"error": "canary"}),
 }
 UNCLEAR: dict[str, Script] = {
+    "403 block page": error(403, "<html>blocked</html>"),
+    "403 without a body": error(403, ""),
     "404": error(404, {"error": "No handler found on route"}),
     "429": error(429, {"error": "x"}, {"Retry-After": "60"}),
     "500": error(500, {"error": "x"}),

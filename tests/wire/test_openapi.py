@@ -73,12 +73,22 @@ async def test_shapes_of_the_contract(service: Local) -> None:
     described = await description(service)
     schemas = described["components"]["schemas"]
     assert set(schemas) == {
-        *("ChatRequest", "Message", "Created", "ErrorBody", "ErrorDetail", "Health", "FinishData"),
+        *(
+            "ChatRequest",
+            "Message",
+            "Created",
+            "ErrorBody",
+            "ErrorDetail",
+            "Health",
+            "FinishData",
+            "ToolData",
+            "Source",
+        ),
         *("UIChatRequest", "UIMessage", "IgnoredObject"),
         *("CompletionRequest", "CompletionMessage", "StreamOptions", "TypedObject", "AnyObject", "Model", "ModelList"),
     }
     assert schemas["ChatRequest"]["required"] == ["messages"]
-    assert set(schemas["ChatRequest"]["properties"]) == {"messages", "sessionId", "include", "resumable"}
+    assert set(schemas["ChatRequest"]["properties"]) == {"messages", "sessionId", "include", "tools", "resumable"}
     assert schemas["Message"]["properties"]["content"]["minLength"] == 1
     assert schemas["ErrorDetail"]["required"] == ["type", "code", "message", "param", "request_id"]
     chat = described["paths"]["/api/chat"]["post"]

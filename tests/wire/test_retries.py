@@ -398,7 +398,7 @@ async def test_hung_up_before_the_next() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a socket filter")
-@pytest.mark.parametrize("transport", ["auto", "httpx"])
+@pytest.mark.parametrize("transport", ["fast", "httpx"])
 async def test_lost_connection_to_grok(transport: str) -> None:
     """A kept connection that was lost without a word costs seconds: the chat goes on over a new one."""
     async with Upstream() as upstream, serving(upstream.url, connect_timeout=0.2, grok_transport=transport) as service:

@@ -6,6 +6,8 @@ Does not know ASGI, browsers, or what an answer looks like to them.
 import contextlib
 import hashlib
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import anyio
@@ -17,9 +19,10 @@ from chatproxy.config import Settings
 from chatproxy.errors import ChatError, UpstreamAuth
 from chatproxy.events import Chat
 from chatproxy.metrics import Metrics
-from chatproxy.services.grok import chat_completions
+from chatproxy.services.grok import chat_completions, responses
 from chatproxy.services.grok.completion import Completion
 from chatproxy.services.grok.network import ProxyTransport, cause, read_beginning, ssl_context
+from chatproxy.services.grok.protocol import Decoder
 from chatproxy.services.grok.transport import Transport, socket_options
 
 log = logging.getLogger(__name__)
@@ -54,7 +57,8 @@ class Grok:
         self.running: set[Completion] = set()
         self.key_usable = True
         self.rate_limited_until = 0.0  # on the loop's clock
-        self._url = httpx.URL(base_url + chat_completions.PATH)
+        path = responses.PATH if settings.grok_api == "responses" else chat_completions.PATH
+        self._url = httpx.URL(base_url + path)
         self._key_url = httpx.URL(f"{base_url}/api-key")
         self._transport = _transport(settings, self._key_url)
         self._headers = httpx.Headers(
@@ -71,16 +75,23 @@ class Grok:
 
     def stream(self, chat: Chat, traceparent: str | None = None) -> Completion:
         """Grok's answer to `chat`: enter it, then iterate. Of `chat` only the encoded request is kept."""
-        content = chat_completions.encode_request(self.settings, chat)
         headers = self._headers.copy()
-        headers["Content-Length"] = str(len(content))
+        cache_key: str | None = None
         if chat.session_id is not None:
             # A digest, so that any id fits into a header.
             digest = hashlib.blake2b(chat.session_id.encode(), digest_size=16, key=self._digest_key)
-            headers["x-grok-conv-id"] = digest.hexdigest()
+            headers["x-grok-conv-id"] = cache_key = digest.hexdigest()
         if traceparent is not None:
             headers["traceparent"] = traceparent
-        return Completion(self, content, headers, chat_completions.Decoder)
+        make_decoder: Callable[[], Decoder]
+        if self.settings.grok_api == "responses":
+            content = responses.encode_request(self.settings, chat, cache_key)
+            make_decoder = partial(responses.Decoder, self.settings.max_tool_calls)
+        else:
+            content = chat_completions.encode_request(self.settings, chat)
+            make_decoder = chat_completions.Decoder
+        headers["Content-Length"] = str(len(content))
+        return Completion(self, content, headers, make_decoder)
 
     async def send(self, content: bytes, headers: httpx.Headers) -> httpx.Response:
         """Ask once. The body of the response is still to be read. Raises httpx.TransportError."""

@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn, Self, cast
+from typing import NoReturn, Self, cast
 
 import anyio
 import httpx
@@ -32,10 +32,7 @@ from chatproxy.errors import (
 from chatproxy.events import Event, Finished
 from chatproxy.services.grok import failures
 from chatproxy.services.grok.network import cause, read_beginning
-from chatproxy.services.grok.protocol import Decoder
-
-if TYPE_CHECKING:
-    from chatproxy.services.grok.client import Grok
+from chatproxy.services.grok.protocol import Client, Decoder
 
 # Seconds. Usage and `[DONE]` follow the finish reason at once; a Grok that has finished is not waited for.
 FINISH_GRACE = 1.0
@@ -52,7 +49,7 @@ class Completion(CancellableWait):
     """
 
     def __init__(
-        self, grok: "Grok", content: bytes, headers: httpx.Headers, make_decoder: Callable[[], Decoder]
+        self, grok: Client, content: bytes, headers: httpx.Headers, make_decoder: Callable[[], Decoder]
     ) -> None:
         super().__init__()
         self.read_at = 0.0  # when the last events came (perf_counter)
@@ -219,7 +216,13 @@ class Completion(CancellableWait):
             raise grok.log_failure(UpstreamFailed(), "ended before the first chunk") from None
         if not self._decoder.progressed:
             end, self._end = self._end, None
-            raise end or grok.log_failure(UpstreamFailed(), "[DONE] before the first chunk")
+            try:
+                # An error in place of the first chunk that says what a 429 or a 503 would have said.
+                if isinstance(end, UpstreamRateLimited | UpstreamOverloaded):
+                    raise _Retryable(end)
+                raise end or grok.log_failure(UpstreamFailed(), "[DONE] before the first chunk")
+            finally:
+                del end  # its traceback holds this frame
         self._first = events
 
     async def _read(self) -> list[Event]:
@@ -269,9 +272,12 @@ class Completion(CancellableWait):
         if self._timer is not None:
             self._timer.cancel()
         self._grok.running.discard(self)
-        with anyio.CancelScope(shield=True):  # a second cancellation must not leave the connection open
-            await self._close()
         self._task = None
+        if self._decoder.ended:
+            await self._close()
+        else:
+            with anyio.CancelScope(shield=True):  # a second cancellation must not leave the connection open
+                await self._close()
 
 
 class _Retryable(Exception):

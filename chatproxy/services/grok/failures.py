@@ -25,15 +25,16 @@ from chatproxy.events import Redacted
 class UpstreamErrorDetail(Redacted, Struct):
     """OpenAI's form of an error, which xAI sends at times."""
 
-    message: str = ""
+    message: str | None = None
     code: str | int | None = None
 
 
 class UpstreamErrorBody(Redacted, Struct):
-    """The body of an upstream error: `error` is a string, or an object with a message and a code."""
+    """An upstream error: `error` is a string, or an object with a message and a code; or it is that object itself."""
 
     error: str | UpstreamErrorDetail | None = None
     code: str | int | None = None
+    message: str | None = None
 
 
 _decode = msgspec.json.Decoder(UpstreamErrorBody | str).decode
@@ -96,8 +97,8 @@ def parse(body: bytes) -> tuple[str | int | None, str]:
     if isinstance(refusal, str):
         return None, refusal
     if isinstance(refusal.error, UpstreamErrorDetail):
-        return refusal.error.code if refusal.code is None else refusal.code, refusal.error.message
-    return refusal.code, refusal.error or ""
+        return refusal.error.code if refusal.code is None else refusal.code, refusal.error.message or ""
+    return refusal.code, refusal.error or refusal.message or ""
 
 
 def classify(status: int, body: bytes) -> ChatError:
@@ -106,7 +107,10 @@ def classify(status: int, body: bytes) -> ChatError:
     A wrong key is a 400, and a 403 has four meanings: only the words tell them apart. A 403 without them (a block page
     of Cloudflare or of a proxy) says nothing of the key.
     """
-    code, message = parse(body)
+    return _classify(status, *parse(body))
+
+
+def _classify(status: int, code: str | int | None, message: str) -> ChatError:
     text = message.lower()
     if 400 <= status < 500:
         if "violates usage guidelines" in text or "safety_check" in text:
@@ -132,11 +136,61 @@ def parse_retry_after(value: str) -> int | None:
     return max(1, min(int(value), MAX_RETRY_AFTER)) if re.fullmatch(r"[0-9]{1,9}", value) else None
 
 
+# The status that an error within a stream stands for, by its code, and else by what its message says.
+_STATUSES = {
+    "Client specified an invalid argument": 400,
+    "invalid-argument": 400,
+    "invalid_request_error": 400,
+    "Some requested entity was not found": 404,
+    "not-found": 404,
+    "model_not_found": 404,
+    "The caller does not have permission to execute the specified operation": 403,
+    "permission-denied": 403,
+    "unauthenticated": 401,
+    "invalid_api_key": 401,
+    "insufficient_quota": 401,
+    "Some resource has been exhausted": 429,
+    "resource-exhausted": 429,
+    "rate_limit_exceeded": 429,
+    "The service is currently unavailable": 503,
+    "unavailable": 503,
+    "content policy": 400,
+    "wrong API key": 400,
+    "no authorization": 401,
+    "no credits": 403,
+    "no access": 403,
+    "prompt too long": 400,
+    "parameter refused": 400,
+    "model retired": 404,
+    "model unknown": 404,
+    "empty message": 400,
+    "rate limit": 429,
+    "at capacity": 503,
+}
+_ERRORS = {"context_length_exceeded": ContextLengthExceeded, "content_policy_violation": ContentPolicy}
+
+
+def classify_event(body: bytes) -> ChatError:
+    """The outcome that an error within a stream stands for: it has no status, but a code or known words."""
+    code, message = parse(body)
+    if code in _ERRORS:
+        return _ERRORS[str(code)]()
+    if re.fullmatch(r"[45]\d\d", str(code)):
+        status = int(str(code))
+    else:
+        status = _STATUSES.get(str(code)) or _STATUSES.get(_sentence(message), 500)
+    return _classify(status, code, message)
+
+
+def _sentence(message: str) -> str:
+    text = message.lower()
+    return next((name for name, words in KNOWN_SENTENCES if any(word in text for word in words)), "none known")
+
+
 def describe(status: int, body: bytes) -> str:
     """A refusal for the log, without a word of Grok's own."""
     code, message = parse(body)
-    text = message.lower()
-    known = next((name for name, words in KNOWN_SENTENCES if any(word in text for word in words)), "none known")
+    known = _sentence(message)
     if not (isinstance(code, int) and 0 <= code < 1000) and code not in KNOWN_CODES:
         code = None if code is None else "unknown"
     return f"status {status}, code {code!r}, sentence {known!r}, {len(body)} bytes"

@@ -144,8 +144,7 @@ class ProxyTransport(httpx.AsyncBaseTransport):
 
     def keep(self, inner: httpx.AsyncHTTPTransport) -> None:
         """Its response is read, or closed: the next request may have it."""
-        if inner in self._open:
-            self._idle.append((asyncio.get_running_loop().time(), inner))
+        self._idle.append((asyncio.get_running_loop().time(), inner))
 
     async def aclose(self) -> None:
         self._idle.clear()

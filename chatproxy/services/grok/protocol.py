@@ -1,9 +1,28 @@
-"""What this service needs of one of xAI's APIs, without any I/O: see `chat_completions` for the one there is."""
+"""What a completion needs: of the client whose connections it uses, and of one of xAI's APIs, without any I/O."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
+import httpx
+
+from chatproxy.config import Settings
 from chatproxy.errors import ChatError
 from chatproxy.events import Event, Finished
+
+
+class Client(Protocol):
+    """What all completions share; see `client.Grok`."""
+
+    settings: Settings
+    running: set[Any]
+    """The completions that are being made."""
+    rate_limited_until: float
+    """On the loop's clock: until then Grok would answer 429."""
+
+    async def send(self, content: bytes, headers: httpx.Headers) -> httpx.Response:
+        """Ask once. Raises httpx.TransportError."""
+
+    def log_failure(self, error: ChatError, detail: str) -> ChatError:
+        """Note an upstream failure for the operator; gives the error."""
 
 
 class Decoder(Protocol):
