@@ -444,7 +444,13 @@ async def test_ids_that_can_be_guessed(grok: Upstream, service: Local, chat: str
 async def test_not_resumable_by_chat_id(grok: Upstream, service: Local) -> None:
     """Where the page did not ask for it, a chat id opens nothing, and a closed connection is the end."""
     grok.play(stream("a", HANG))
-    chat = uuid()
+    chat, key = uuid(), {"Idempotency-Key": uuid()}
+    body = ui_body(chat, resumable=False)
+    async with service.client.stream("POST", "/api/chat", json=body, headers=key) as response:
+        await Live(response).event()
+        assert (await come_back(service, chat)).status_code == 204
+        await service.client.delete(f"/api/chat/{response.headers['X-Resumable-Stream-Id']}")
+    grok.play(stream("a", HANG))
     async with service.client.stream("POST", "/api/chat", json=ui_body(chat, resumable=False)) as response:
         await Live(response).event()
         assert (await come_back(service, chat)).status_code == 204
