@@ -15,8 +15,8 @@ help:  ## Show this list
 
 install: $(VENV)/.run  ## Make .venv with the locked requirements of the service
 
-run: $(VENV)/.run  ## Serve on port 8000 and reload on change; without a key, Grok is a built-in demo
-	$(BIN)/python -m chatproxy --reload
+run: $(VENV)/.run  ## Serve on port 8000 of this machine and reload on change; without a key, Grok is a built-in demo
+	$(BIN)/python -m chatproxy --reload --local
 
 doctor: $(VENV)/.run  ## Say what is wrong with a deployed service: make doctor URL=https://chat.example.com
 	$(BIN)/python -m chatproxy doctor $(URL) $(ARGS)

@@ -1,29 +1,43 @@
-"""The one place where the parts meet. Does not know the environment, nor what a chat is."""
+"""The composition root: settings become an ASGI application. Does not know the environment, nor what a chat is."""
 
-import asyncio
+import logging
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 
+import anyio
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware.exceptions import ExceptionMiddleware
+from starlette.middleware import Middleware
 
 from chatproxy.config import Settings
-from chatproxy.limits import Limits
+from chatproxy.lifecycle import Lifecycle
 from chatproxy.metrics import Metrics
-from chatproxy.middleware import Door
-from chatproxy.routes import AppState, refuse, routes
-from chatproxy.services.demo import demo
-from chatproxy.services.grok import Grok
-from chatproxy.services.streams import MemoryStore, Streams
+from chatproxy.middleware import HostMiddleware, OriginMiddleware, RequestLogMiddleware
+from chatproxy.routes import handle_http_exception, routes
+from chatproxy.routes.state import AppState
+from chatproxy.services.grok.client import Grok
+from chatproxy.services.grok.demo import demo
+from chatproxy.services.limits import BodyMemory, Concurrency, MemoryRateLimiter, ReaderLimit
+from chatproxy.services.store import MemoryStore
+from chatproxy.services.streams import StreamRegistry
+
+log = logging.getLogger(__name__)
 
 
 def create_app(settings: Settings) -> Starlette:
-    """The service as an ASGI application. What it holds open lives as long as its lifespan."""
+    """The service as an ASGI application. What it holds open lives as long as its lifespan.
+
+    `app.state.lifecycle` lets a server drain it.
+    """
     metrics = Metrics()
+    lifecycle = Lifecycle()
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[AppState]:
+        if settings.grok_api_key is None:
+            log.warning("GROK_API_KEY is not set: answers come from the built-in demo, not from Grok")
+        for warning in settings.warnings:
+            log.warning("%s", warning)
         async with AsyncExitStack() as stack:
             base_url = settings.grok_base_url
             if settings.grok_api_key is None:
@@ -31,27 +45,34 @@ def create_app(settings: Settings) -> Starlette:
             grok = Grok(settings, base_url, metrics)
             stack.push_async_callback(grok.aclose)
             metrics.streams_in_flight.set_function(lambda: len(grok.running))
+            lifecycle.completions = grok.running
             store = MemoryStore(settings.replay_bytes, settings.replay_total_bytes)
-            streams = Streams(store, settings.resume_window, settings.replay_ttl, metrics)
+            streams = StreamRegistry(store, settings, ReaderLimit(settings), metrics)
             stack.push_async_callback(streams.aclose)
-            stack.push_async_callback(_cancel, asyncio.create_task(grok.watch_key()))
+            tasks = await stack.enter_async_context(anyio.create_task_group())
+            tasks.start_soon(grok.watch_key)
             yield {
                 "settings": settings,
                 "metrics": metrics,
-                "limits": Limits(settings.rate_limit),
+                "lifecycle": lifecycle,
                 "grok": grok,
                 "streams": streams,
-                "draining": asyncio.Event(),
+                "rate_limiter": MemoryRateLimiter(settings.rate_limit),
+                "concurrency": Concurrency(settings),
+                "body_memory": BodyMemory(settings),
             }
+            tasks.cancel_scope.cancel()
 
-    app = Starlette(routes=routes(settings.try_page), lifespan=lifespan)
+    app = Starlette(
+        routes=routes(settings),
+        lifespan=lifespan,
+        middleware=[
+            Middleware(RequestLogMiddleware, metrics, lifecycle),
+            Middleware(OriginMiddleware, settings),  # before the next, so that a page can read its refusal
+            Middleware(HostMiddleware, settings),
+        ],
+        exception_handlers={HTTPException: handle_http_exception},
+    )
     app.router.redirect_slashes = False  # it would redirect to whatever host the Host header names
-    # Not by `middleware`: around that Starlette has a layer for errors, which the door lets none of through.
-    app.middleware_stack = Door(ExceptionMiddleware(app.router, {HTTPException: refuse}), settings, metrics)
+    app.state.lifecycle = lifecycle
     return app
-
-
-async def _cancel(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    with suppress(asyncio.CancelledError):
-        await task

@@ -1,167 +1,78 @@
-"""A caller's connection: uvicorn's, with what it leaves open closed.
+"""A client's connection: uvicorn's, with bounds for the head of a request, and without other protocols.
 
-Knows HTTP/1.1 as uvicorn and llhttp do. Does not know routes, events or Grok.
+Knows HTTP/1.1 as uvicorn and llhttp do. Does not know routes, events or Grok. A reverse proxy does the same; this is
+for a service without one. Only callbacks of asyncio and httptools are overridden.
 """
 
 import asyncio
-import logging
-import secrets
-from collections.abc import Callable
-from typing import Any, cast
-from urllib.parse import urlsplit
+import re
+from itertools import islice
 
-from uvicorn._types import ASGI3Application
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from chatproxy.errors import ChatError, HeadersTooLarge, InvalidHTTP
-from chatproxy.middleware import MAX_HEAD_BYTES
-from chatproxy.schemas import encode_error
-
-log = logging.getLogger(__name__)
-
-# A request's head is a few hundred bytes. (Browsers open connections in advance, and don't mind when they are closed.)
-HEAD_TIMEOUT = 20.0
-
-# Requests that wait for the one before them. Browsers and proxies send none; each is 20 bytes for them and 2 KB for us.
-MAX_WAITING = 16
-
-DELIMITERS = (b"content-length", b"transfer-encoding")
+_UPGRADE = re.compile(rb"(?i)\nupgrade(?=:)")
 
 
-class Connection(HttpToolsProtocol):
-    """uvicorn's, but the answer that is running is told at once that its caller has left, and requests have bounds.
+class HTTPProtocol(HttpToolsProtocol):
+    """For `uvicorn.Config(http=...)`, which takes a class: a subclass sets other bounds and the registry."""
 
-    uvicorn tells the request that arrived last, which may be one that still waits for its turn; and where the caller
-    has only closed its side, not before all that was written is taken. And it would read a request's head without end,
-    and wait for it for ever.
-    """
-
-    _running: RequestResponseCycle | None = None
-    _spare = MAX_HEAD_BYTES  # so many bytes may still come that are no body
-
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        self._running = cycle
-        cycle.transport = cast(asyncio.Transport, HeadJoiner(self.transport))
-        if cycle.scope["http_version"] == "1.0":
-            # RFC 9112, 6.1: such a caller reads no transfer chunks, which uvicorn sends where there is no length.
-            cycle.chunked_encoding, cycle.expected_content_length = False, UntilClosed()
-        super()._start_asgi_task(cycle, app)
-
-    def eof_received(self) -> None:
-        if self._running is not None and not self._running.response_complete:
-            self._running.disconnected = True
-            self._running.message_event.set()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.eof_received()
-        self._clock.cancel()
-        super().connection_lost(exc)
-        self._unset_keepalive_if_required()  # uvicorn forgets it, and with it keeps all of a connection that was reset
+    max_head_bytes: int = 65_536
+    """Bytes of a head, with the trailers of the body before it; what has more closes the connection."""
+    head_timeout: float = 20.0
+    """Seconds to the end of a head: of the first from the start of the connection, of a later one from its start."""
+    transports: set[asyncio.Transport] = set()  # noqa: RUF012 -- of the class, not of a connection
+    """The open connections."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in uvicorn
         super().connection_made(transport)
-        self._await_head()
+        if self.client is not None:  # on HOST=:: an IPv4 client has an address that rules for IPv4 do not know
+            self.client = self.client[0].removeprefix("::ffff:"), self.client[1]
+        self.transports.add(transport)
+        self.in_head, self.recent, self.spare_bytes = False, b"", self.max_head_bytes
+        self.head_timer = self.loop.call_later(self.head_timeout, transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        self.transports.discard(self.transport)
+        self.head_timer.cancel()
+        # If it is given an error, uvicorn does not cancel its keep-alive timer, which refers to the last request.
+        super().connection_lost(None)
 
     def data_received(self, data: bytes) -> None:
-        self._spare -= len(data)
-        super().data_received(data)
-        if self._spare < 0 and not self.transport.is_closing():
-            self._refuse(HeadersTooLarge())
-        elif self._clock.cancelled() and (self._running is None or self._running.response_complete):
-            self._await_head()  # this was a part of one, or of a body that was refused
+        """Rename each Upgrade field before the parser sees it.
+
+        A server may ignore the offer of another protocol (RFC 9110, 7.8), which Java's HttpClient makes in every
+        request. But the parser would stop at the end of the head, and take the body for the next request.
+        """
+        self.spare_bytes -= len(data)
+        text, start = self.recent + data, len(self.recent)  # the name may arrive in two parts
+        self.recent = text[-len(b"\nupgrade") :]
+        # The next request may begin anywhere in what is read, so bodies are searched, too. The limit is for bodies full
+        # of such lines, each of which costs a call of the parser; a field beyond it is refused in on_headers_complete.
+        for match in islice(_UPGRADE.finditer(text), 100):
+            super().data_received(text[start : match.end()])
+            start = match.end()
+            if self.transport.is_closing():
+                return
+            if self.in_head:
+                super().data_received(b"-ignored")
+        super().data_received(text[start:])
+        if self.spare_bytes < 0:
+            self.transport.close()
+        elif self.in_head and self.head_timer.cancelled() and getattr(self.cycle, "response_complete", True):
+            self.head_timer = self.loop.call_later(self.head_timeout, self.transport.close)
 
     def on_message_begin(self) -> None:
-        self._spare = MAX_HEAD_BYTES
+        self.in_head = True
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        """Whatever is raised here makes it an `invalid_http`."""
-        if self.parser.should_upgrade() and any(name in DELIMITERS for name, _ in self.headers):
-            # llhttp reads no body then: it would be the next request, and its answer that of somebody behind a proxy.
-            raise ValueError("a body with an upgrade")
-        if len(self.pipeline) == MAX_WAITING:
-            raise ValueError("too many wait")
-        self._clock.cancel()
-        self._spare = MAX_HEAD_BYTES  # for chunk sizes and trailers
-        if not self.url.startswith(b"/"):
-            # RFC 9112, 3.2.2: the host that counts is the one in the target, whatever the Host header says.
-            target = urlsplit(self.url)
-            self.headers[:] = [(b"host", target.netloc), *(field for field in self.headers if field[0] != b"host")]
+        if self.parser.should_upgrade():
+            raise ValueError("CONNECT, or an Upgrade field that was not renamed")  # uvicorn answers 400 and closes
+        self.in_head, self.spare_bytes = False, self.max_head_bytes
+        self.head_timer.cancel()
         super().on_headers_complete()
-        self.headers = []  # for trailers, which uvicorn would add to the headers (RFC 9110, 6.5.1)
+        self.headers = []  # for trailers, which must not become fields of the request (RFC 9110, 6.5.1)
 
     def on_body(self, body: bytes) -> None:
-        self._spare += 8 * len(body)  # a chunk of one byte takes six
+        self.spare_bytes = self.max_head_bytes
         super().on_body(body)
-
-    def _unsupported_upgrade_warning(self) -> None:
-        """Nothing: an upgrade is an offer, which may be ignored. (uvicorn would advise to install WebSockets.)"""
-
-    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 -- uvicorn's text is not ours
-        self._refuse(InvalidHTTP())
-
-    def _refuse(self, error: ChatError) -> None:
-        """Answer what will never be a request, unless an answer is on its way, and hang up."""
-        if self._running is None or self._running.response_complete or not self._running.response_started:
-            request_id = secrets.token_hex(16)
-            body = encode_error(error, request_id)
-            head = (
-                f"HTTP/1.1 {error.status} Refused\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-                f"Connection: close\r\nX-Request-ID: {request_id}\r\n\r\n"
-            )
-            self.transport.write(head.encode() + body)
-            client = self.client[0] if self.client else None
-            fields = {"request_id": request_id, "client": client, "status": error.status, "code": error.code}
-            log.info("request", extra=fields)
-        self.transport.close()
-
-    def _await_head(self) -> None:
-        self._clock = self.loop.call_later(HEAD_TIMEOUT, self.transport.close)
-
-
-class UntilClosed(int):
-    """The length of a body that ends with its connection, as uvicorn counts it down: never too short, nor too long."""
-
-    def __lt__(self, _: int) -> bool:
-        return False
-
-    def __sub__(self, _: int) -> "UntilClosed":
-        return self
-
-    def __ne__(self, _: object) -> bool:
-        return False
-
-
-class HeadJoiner:
-    """The transport of one answer: its head goes out with what is written right after it, in one system call.
-
-    uvicorn writes them one by one, and for a short answer each call costs as much as all of its Python.
-    """
-
-    __slots__ = ("_head", "_transport", "write")
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-        self._head = b""
-        self.write: Callable[[bytes], None] = self._hold
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def close(self) -> None:
-        self._flush()
-        self._transport.close()
-
-    def _hold(self, head: bytes) -> None:
-        self._head = head
-        self.write = self._join
-        asyncio.get_running_loop().call_soon(self._flush)
-
-    def _join(self, data: bytes) -> None:
-        self.write = self._transport.write
-        self._transport.write(self._head + data)
-        self._head = b""
-
-    def _flush(self) -> None:
-        if self._head and not self._transport.is_closing():
-            self._join(b"")

@@ -1,7 +1,7 @@
 """Every way a chat can fail: one class per outcome, with its status, code and sentence.
 
     ChatError
-        RequestError    the caller can mend it
+        RequestError    the client can mend it
         ServiceError    this service's own state
         UpstreamError   Grok, or the way to Grok
 
@@ -14,7 +14,7 @@ from typing import ClassVar
 
 
 class ChatError(Exception):
-    """An outcome the caller is told about.
+    """An outcome the client is told about.
 
     `param` names the field at fault, `retry_after` is in whole seconds; `headers` go with the
     status line, where there is one.
@@ -43,29 +43,16 @@ class ChatError(Exception):
         super().__init__(self.message)
 
 
-class CallerLeft(Exception):
-    """The caller closed the connection, at this time of the loop's clock. Nobody is left to be told."""
-
-    def __init__(self, at: float) -> None:
-        super().__init__()
-        self.at = at
-
-
-# The caller's side.
+# The client's side.
 
 
 class RequestError(ChatError):
     type = "request_error"
 
 
-class InvalidHTTP(RequestError):
-    status, code = 400, "invalid_http"
-    message = "This is no valid HTTP/1.1 request, asks for an Upgrade with a body, or is too far ahead of its answer."
-
-
 class InvalidJSON(RequestError):
     status, code = 400, "invalid_json"
-    message = "The request body is not valid JSON in UTF-8, or is nested too deeply."
+    message = "The request body is not valid JSON in UTF-8, or it is nested too deeply."
 
 
 class InvalidRequest(RequestError):
@@ -134,6 +121,11 @@ class StreamNotFound(RequestError):
     message = "This stream is unknown or no longer kept. Start a new chat."
 
 
+class ModelNotFound(RequestError):
+    status, code = 404, "model_not_found"
+    message = "This service does not offer this model; GET /v1/models tells which one it does."
+
+
 class MethodNotAllowed(RequestError):
     status, code = 405, "method_not_allowed"
     message = "This path does not take this method; see the Allow header."
@@ -188,9 +180,20 @@ class Abandoned(ServiceError):
     message = "Nobody was reading the answer, so it was stopped. Start a new chat."
 
 
+class ToolLimit(ServiceError):
+    status, code = 503, "tool_limit"
+    message = "Grok wanted to search more often than this service allows for one answer. Ask for something narrower."
+
+
 class ReplayLost(ServiceError):
     status, code = 503, "replay_lost"
     message = "Part of the answer that you missed is no longer kept. Start a new chat."
+
+
+class StoreUnavailable(ServiceError):
+    status, code = 503, "store_unavailable"
+    message = "The answers that are kept for later cannot be reached. Try again shortly."
+    retry_after = 5
 
 
 # Grok's side.

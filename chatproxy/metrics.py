@@ -7,6 +7,8 @@ from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from chatproxy.events import StreamSummary
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _FAST = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -45,6 +47,9 @@ class Metrics:
         self.tokens = cache(
             Counter("chatproxy_tokens", "Tokens as Grok counts them.", ["kind"], registry=registry).labels
         )
+        self.tool_calls = cache(
+            Counter("chatproxy_tool_calls", "Searches that Grok has made, by tool.", ["tool"], registry=registry).labels
+        )
         self.stream_ends = cache(
             Counter(
                 "chatproxy_stream_ends", "Ends of answers, by kind and code.", ["end", "code"], registry=registry
@@ -60,10 +65,27 @@ class Metrics:
         )
         self.hang_up = Histogram(
             "chatproxy_hang_up_seconds",
-            "From the caller's leaving to the closing of Grok's stream.",
+            "From the client's disconnect to the closing of Grok's stream.",
             registry=registry,
             buckets=_FAST,
         )
+
+    def count(self, summary: StreamSummary) -> None:
+        """Add an answer that has ended."""
+        self.stream_ends(summary.end or "", summary.code or "").inc()
+        self.deltas.inc(summary.deltas)
+        if summary.first_token_ms is not None:
+            self.time_to_first_token.observe(summary.first_token_ms / 1000)
+        counts = summary.finished.counts
+        for kind, tokens in (
+            ("prompt", counts.prompt_tokens),
+            ("completion", counts.completion_tokens),
+            ("reasoning", counts.reasoning_tokens),
+        ):
+            if tokens and tokens > 0:
+                self.tokens(kind).inc(tokens)
+        for tool, calls in summary.tool_calls.items():
+            self.tool_calls(tool).inc(calls)
 
     def render(self) -> bytes:
         """All of them in Prometheus' text format."""

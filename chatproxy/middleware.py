@@ -1,26 +1,24 @@
-"""The door: request ids, host and origin checks, CORS, every error's JSON, and one log line at the end.
+"""What every request passes first: request id and log line, host check, origin check and CORS. Plain ASGI.
 
-Plain ASGI. Does not know bodies, events or Grok.
+Does not know bodies, events or Grok.
 """
 
 import logging
 import re
 import secrets
 import time
-from collections.abc import Mapping
 from functools import lru_cache
 from ipaddress import ip_address
-from itertools import chain
 from urllib.parse import urlsplit
 
-from starlette._utils import get_route_path
+from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chatproxy import logs
-from chatproxy.config import Settings, origin
+from chatproxy.config import Settings
+from chatproxy.config.values import origin
 from chatproxy.errors import (
-    CallerLeft,
     ChatError,
     HeadersTooLarge,
     HostNotAllowed,
@@ -28,100 +26,122 @@ from chatproxy.errors import (
     NotFound,
     OriginNotAllowed,
 )
+from chatproxy.lifecycle import Lifecycle
 from chatproxy.metrics import Metrics
-from chatproxy.responses import ErrorResponse, Exchange
+from chatproxy.routes.responses import ClientDisconnected, ErrorResponse, OpenAIErrorResponse, RequestContext
 
 log = logging.getLogger(__name__)
 
+# Of a request head that the server has let through.
 MAX_HEADERS = 100
 MAX_HEAD_BYTES = 65_536
 
-HEALTH = ("/healthz", "/readyz")
+# Probed every few seconds, by platforms that know no Host name of ours.
+HEALTH_ROUTES = ("/healthz", "/readyz")
 
-_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+# Who may start an answer is decided here; the browser's origin counts on these.
+API_PREFIXES = ("/api/", "/v1/")
 
-_PREFLIGHT = {
-    "Access-Control-Allow-Methods": "GET, POST, DELETE",
-    "Access-Control-Allow-Headers": (
-        "Authorization, Content-Type, Last-Event-ID, Idempotency-Key, X-Request-ID, traceparent"
-    ),
-    "Access-Control-Max-Age": "600",
-}
-_EXPOSED = b"Location, Content-Location, Retry-After, X-Request-ID"
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+ALLOWED_METHODS = "GET, POST, DELETE"
+ALLOWED_HEADERS = (
+    "Authorization, Content-Type, Last-Event-ID, Idempotency-Key, X-Request-ID, traceparent, tracestate, baggage, "
+    "sentry-trace, cache-control, x-requested-with"
+)
+EXPOSED_HEADERS = b"Location, Content-Location, Retry-After, X-Request-ID, X-Should-Retry, X-Resumable-Stream-Id"
 
 
-class Door:
-    """Every request comes in and every answer goes out through here."""
+class RequestLogMiddleware:
+    """The outermost: gives each request an id, turns errors into JSON, and writes one log line when it has ended."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, lifecycle: Lifecycle) -> None:
         self.app = app
-        self._origins = frozenset(settings.allowed_origins)
-        self._hosts = settings.allowed_hosts
         self._metrics = metrics
+        self._lifecycle = lifecycle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers: dict[str, str] = {}
-        for name, value in scope["headers"]:
-            text, key = value.decode("latin-1"), name.decode("latin-1")
-            headers[key] = f"{headers[key]}, {text}" if key in headers else text
-        request_id = headers.get("x-request-id", "")
-        if not _SANE_ID.fullmatch(request_id):
-            request_id = secrets.token_hex(16)
+        given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"]
+        request_id = given[0] if len(given) == 1 and REQUEST_ID.fullmatch(given[0]) else secrets.token_hex(16)
         logs.request_id.set(request_id)
-        exchange = scope["state"]["exchange"] = Exchange(request_id)
-        extra = [(b"x-request-id", request_id.encode())]
+        context = RequestContext(request_id)
+        # Some servers have no state, and others share one among requests.
+        scope["state"] = {**scope.get("state", {}), "context": context}
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                exchange.status = message["status"]
-                message["headers"] = [*message["headers"], *extra]
+                context.status = message["status"]
+                message["headers"] = [*message["headers"], *context.headers]
             await send(message)
 
+        self._lifecycle.requests += 1
         try:
-            extra += self._cors(headers)
-            preflight = scope["method"] == "OPTIONS" and "access-control-request-method" in headers
-            if not (preflight and self._allowed(headers.get("origin", ""))):  # so that the refusal itself is readable
-                self._check(scope, headers)
-            del headers  # an answer may be long
-            if preflight:
-                await Response(status_code=204, headers=_PREFLIGHT)(scope, receive, send_with_headers)
-            else:
-                await self.app(scope, receive, send_with_headers)
-            stream, exchange.stream = exchange.stream, None  # it holds on to `exchange` from here on
-            if stream is not None:
-                await stream.write(exchange, receive, send_with_headers, send)
+            await self.app(scope, receive, send_with_headers)
         except ChatError as error:
-            exchange.fail(error)
-            await ErrorResponse(error, request_id)(scope, receive, send_with_headers)
-        except CallerLeft:
-            exchange.left = True
+            context.record_error(error)
+            await _error_response(scope)(error, request_id)(scope, receive, send_with_headers)
+        except ClientDisconnected:
+            context.disconnected = True
         except Exception:
             log.exception("a request failed by a mistake of ours")
-            exchange.fail(InternalError())
-            if not exchange.status:
-                await ErrorResponse(InternalError(), request_id)(scope, receive, send_with_headers)
+            context.record_error(InternalError())
+            if not context.status:
+                response = _error_response(scope)(InternalError(), request_id)
+                await response(scope, receive, send_with_headers)
         finally:
-            self._finish(scope, exchange)
+            self._lifecycle.requests -= 1
+            self._log(scope, context)
 
-    def _check(self, scope: Scope, headers: Mapping[str, str]) -> None:
-        """Refuse, before the body is read, what no honest caller sends. Raises ChatError."""
-        head = chain((scope["raw_path"], scope["query_string"]), *scope["headers"])
-        if len(scope["headers"]) > MAX_HEADERS or sum(map(len, head)) > MAX_HEAD_BYTES:
-            raise HeadersTooLarge
-        path = get_route_path(scope)
-        if path.endswith("\n"):  # Starlette's patterns overlook it, and a proxy that keeps /metrics back might, too
-            raise NotFound
-        if path not in HEALTH and not self._known_host(headers.get("host", "")):
-            raise HostNotAllowed
-        if path.startswith("/api/") and not self._welcome(headers):
-            raise OriginNotAllowed
+    def _log(self, scope: Scope, context: RequestContext) -> None:
+        route = scope["route"].path if "route" in scope else "-"
+        fields: dict[str, object] = {
+            "request_id": context.request_id,
+            "client": scope["client"][0] if scope.get("client") else None,
+            "method": scope["method"],
+            "route": route,
+            "status": context.status or None,  # None: the client disconnected before there was one
+            "ms": round((time.monotonic() - context.started_at) * 1000, 1),
+        }
+        summary = context.summary
+        if summary is not None and context.owns_summary:
+            summary.close("left")
+            fields |= summary.fields()
+        elif summary is not None:  # a reader of a resumable stream, which has a line of its own
+            fields |= {"end": "left" if context.disconnected else summary.end, "code": summary.code}
+        if context.code is not None:
+            fields |= {"code": context.code}
+        log.log(logging.DEBUG if route in HEALTH_ROUTES else logging.INFO, "request", extra=fields)
+        self._metrics.requests(route, str(context.status)).inc()
 
-    def _known_host(self, host: str) -> bool:
-        """Whether the Host header can name us; a foreign name that resolves to us is DNS rebinding."""
-        if not (match := _HOST.fullmatch(host.lower())):
+
+class HostMiddleware:
+    """Refuses heads that are too large, and host names that are not this service's, against DNS rebinding."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app = app
+        self._allowed = settings.allowed_hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request. Raises ChatError."""
+        if scope["type"] == "http":
+            headers = scope["headers"]
+            if len(headers) > MAX_HEADERS or _head_size(scope) > MAX_HEAD_BYTES:
+                raise HeadersTooLarge
+            path = route_path(scope)
+            if path.endswith("\n"):  # Starlette's patterns overlook it, and so might a proxy that keeps /metrics back
+                raise NotFound
+            hosts = [value.decode("latin-1") for name, value in headers if name == b"host"]
+            if path not in HEALTH_ROUTES and not (len(hosts) == 1 and self._is_permitted(hosts[0])):
+                raise HostNotAllowed
+        await self.app(scope, receive, send)
+
+    def _is_permitted(self, host: str) -> bool:
+        """Whether the Host header can name this service; a foreign name that resolves to it is DNS rebinding."""
+        if len(host) > MAX_HOST or not (match := _HOST.fullmatch(host.lower())):
             return False
         name = match[1]
         return (
@@ -129,16 +149,47 @@ class Door:
             or _is_ip_literal(name)
             or any(
                 allowed in ("*", name) or (allowed[0] == "." and (name.endswith(allowed) or name == allowed[1:]))
-                for allowed in self._hosts
+                for allowed in self._allowed
             )
         )
 
-    def _welcome(self, headers: Mapping[str, str]) -> bool:
-        name = headers.get("origin")
+
+class OriginMiddleware:
+    """Refuses pages of other sites that are not listed, before the body is read; and answers CORS to those that are."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app = app
+        self._allowed = frozenset(settings.allowed_origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request. Raises OriginNotAllowed."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        # Browsers send one; two are never a listed origin.
+        name = ", ".join(headers.getlist("origin")) if "origin" in headers else None
+        listed = name is not None and self._is_listed(name)
+        response_headers = scope["state"]["context"].headers
+        response_headers.append((b"vary", b"Origin"))
+        if name is not None and listed:
+            response_headers.append((b"access-control-allow-origin", name.encode("latin-1")))
+            response_headers.append((b"access-control-expose-headers", EXPOSED_HEADERS))
+        preflight = scope["method"] == "OPTIONS" and "access-control-request-method" in headers
+        if route_path(scope).startswith(API_PREFIXES) and not listed and not self._is_same_site(name, headers):
+            raise OriginNotAllowed
+        if preflight:
+            await Response(status_code=204, headers=_preflight_headers(headers))(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    def _is_listed(self, name: str) -> bool:
+        return name in self._allowed or ("*" in self._allowed and name != "null")
+
+    @staticmethod
+    def _is_same_site(name: str | None, headers: Headers) -> bool:
         if name is None:
             return headers.get("sec-fetch-site") != "cross-site"
-        if self._allowed(name):
-            return True
         try:
             # A proxy may have taken the TLS off, so the scheme that counts is the browser's.
             scheme = urlsplit(name).scheme
@@ -146,49 +197,43 @@ class Door:
         except ValueError:
             return False
 
-    def _allowed(self, name: str) -> bool:
-        return name in self._origins or ("*" in self._origins and name != "null")
 
-    def _cors(self, headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
-        vary = [(b"vary", b"Origin")]
-        name = headers.get("origin")
-        if name is None or not self._allowed(name):
-            return vary
-        return [
-            *vary,
-            (b"access-control-allow-origin", name.encode("latin-1")),
-            (b"access-control-expose-headers", _EXPOSED),
-        ]
-
-    def _finish(self, scope: Scope, exchange: Exchange) -> None:
-        """One log line, now that the request has ended."""
-        route = scope["route"].path if "route" in scope else "-"
-        fields = {
-            "request_id": exchange.request_id,
-            "client": scope["client"][0] if scope["client"] else None,
-            "method": scope["method"],
-            "route": route,
-            "status": exchange.status or None,  # None: the caller left before there was one
-            "ms": round((time.monotonic() - exchange.started) * 1000, 1),
-        }
-        report = exchange.report
-        if report is not None and exchange.owns_report:
-            if exchange.left:
-                report.end = "left"
-            report.count(self._metrics)
-            fields |= report.fields()
-        elif report is not None:  # a reader of a resumable answer, which has a line of its own
-            fields |= {"end": "left" if exchange.left else report.end, "code": report.code}
-        if exchange.code is not None:
-            fields |= {"code": exchange.code}
-        log.info("request", extra=fields)
-        self._metrics.requests(route, str(exchange.status)).inc()
+def _preflight_headers(headers: Headers) -> dict[str, str]:
+    """What a preflight is told: the fixed list, and what OpenAI's SDKs ask for besides."""
+    asked = headers.get("access-control-request-headers", "").lower().split(",")
+    allowed = [ALLOWED_HEADERS, *(name for name in map(str.strip, asked) if _SDK_HEADER.fullmatch(name))]
+    return {
+        "Access-Control-Allow-Methods": ALLOWED_METHODS,
+        "Access-Control-Allow-Headers": ", ".join(allowed),
+        "Access-Control-Max-Age": "600",
+    }
 
 
+def _error_response(scope: Scope) -> type[ErrorResponse]:
+    return OpenAIErrorResponse if route_path(scope).startswith("/v1/") else ErrorResponse
+
+
+def route_path(scope: Scope) -> str:
+    """The path below ROOT_PATH, as the routes match it."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(root + "/") else path
+
+
+def _head_size(scope: Scope) -> int:
+    fields = sum(len(name) + len(value) for name, value in scope["headers"])
+    return fields + len(scope.get("raw_path") or b"") + len(scope["query_string"])
+
+
+# OpenAI's SDKs send a family of header names, which grows between their versions.
+_SDK_HEADER = re.compile(r"x-stainless-[a-z0-9-]{1,64}|openai-organization|openai-project|user-agent")
+
+# RFC 1035: 253 characters at most, and a port.
+MAX_HOST = 260
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::\d{1,5})?")
 
 
-@lru_cache(1024)
+@lru_cache(256)
 def _is_ip_literal(name: str) -> bool:
     try:
         ip_address(name.strip("[]"))

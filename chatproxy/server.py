@@ -13,13 +13,15 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from ipaddress import ip_address
 
+import anyio
 import uvicorn
 
 from chatproxy.app import create_app
 from chatproxy.config import Settings
-from chatproxy.connection import Connection
-from chatproxy.errors import Draining
+from chatproxy.connection import HTTPProtocol
+from chatproxy.lifecycle import Lifecycle
 
 log = logging.getLogger(__name__)
 
@@ -27,17 +29,23 @@ log = logging.getLogger(__name__)
 # slows Grok's stream, and is noticed, while little is on its way.
 SEND_BUFFER = 65_536
 
-# nginx keeps connections to us for 60 s; ours must not close first, under a request on its way.
-KEEP_CONNECTION = 75
+# Seconds that an idle connection of a client is kept. The side that closes first loses a request that is just on its
+# way, and a proxy answers 502 for it. So longer than proxies keep theirs: nginx 60 s, Traefik 90 s, Caddy 120 s.
+KEEPALIVE_TIMEOUT = 150
 
-# For the last events to be written, once the time to drain is over.
-LAST_WORDS = 1.0
+# Seconds for the last events to be written, once the time to drain is over.
+FINAL_WRITE_TIMEOUT = 1.0
 
 
 def listen(settings: Settings) -> socket.socket:
-    """The listening socket; the connections it accepts inherit its options. Raises OSError."""
+    """The listening socket; the connections it accepts inherit its options. Raises OSError.
+
+    `::` means all addresses, those of IPv4 too, whatever the system's default is.
+    """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    sock = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    both = family == socket.AF_INET6 and ip_address(settings.host).is_unspecified and socket.has_dualstack_ipv6()
+    address = (settings.host, settings.port)
+    sock = socket.create_server(address, family=family, backlog=2048, dualstack_ipv6=both)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     # asyncio forgets this for such a socket (uvloop does not), and tokens would wait for acknowledgements.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -50,15 +58,28 @@ def listen(settings: Settings) -> socket.socket:
     return sock
 
 
+def _browsable(host: str) -> str:
+    """What a browser on this machine may call this address, as it is written in a URL."""
+    ip = ip_address(host.strip("[]"))
+    return "localhost" if ip.is_unspecified or ip.is_loopback else host
+
+
 class Server(uvicorn.Server):
     """The service on a socket. `running` is all there is to it: signals are the caller's business."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        app = create_app(settings)
+        self.lifecycle: Lifecycle = app.state.lifecycle
+        self.transports: set[asyncio.Transport] = set()
+
+        class Protocol(HTTPProtocol):
+            transports = self.transports
+
         super().__init__(
             uvicorn.Config(
-                create_app(settings),
-                http=Connection,
+                app,
+                http=Protocol,
                 lifespan="on",
                 log_config=None,
                 access_log=False,
@@ -66,7 +87,7 @@ class Server(uvicorn.Server):
                 ws="none",
                 root_path=settings.root_path,
                 forwarded_allow_ips=settings.forwarded_allow_ips,
-                timeout_keep_alive=KEEP_CONNECTION,
+                timeout_keep_alive=KEEPALIVE_TIMEOUT,
                 timeout_graceful_shutdown=1,
             )
         )
@@ -78,7 +99,7 @@ class Server(uvicorn.Server):
 
     @asynccontextmanager
     async def running(self, sock: socket.socket | None = None) -> AsyncIterator[int]:
-        """Serve inside of it, in this event loop; gives the port. Leaving it drains (contract C7)."""
+        """Serve inside of it, in this event loop; gives the port. Leaving it drains."""
         sock = sock or listen(self.settings)
         serving = asyncio.create_task(self.serve([sock]))
         while not self.started:
@@ -93,26 +114,14 @@ class Server(uvicorn.Server):
             await serving
 
     async def _drain(self) -> None:
-        """No new chats; the running ones go on for DRAIN_TIMEOUT, and are then told the truth."""
-        state = self.lifespan.state
-        state["draining"].set()
-        grok = state["grok"]
-        if not await self._idle(self.settings.drain_timeout):
-            for completion in list(grok.running):
-                completion.interrupt(Draining())
-            if not await self._idle(LAST_WORDS):
+        """No new chats; the running ones go on for DRAIN_TIMEOUT, and are then told that the service stops."""
+        self.lifecycle.draining = True
+        if not await self.lifecycle.idle(self.settings.drain_timeout):
+            self.lifecycle.end_streams()
+            if not await self.lifecycle.idle(FINAL_WRITE_TIMEOUT):
                 # Readers who take nothing cannot be told; uvicorn would wait for them.
-                for connection in list(self.server_state.connections):
-                    connection.transport.abort()
-
-    async def _idle(self, seconds: float) -> bool:
-        """Wait until nothing runs any more, neither for a reader nor to be resumed; whether that came in time."""
-        deadline = asyncio.get_running_loop().time() + seconds
-        while self.server_state.tasks or self.lifespan.state["grok"].running:
-            if asyncio.get_running_loop().time() >= deadline:
-                return False
-            await asyncio.sleep(0.02)
-        return True
+                for transport in list(self.transports):
+                    transport.abort()
 
 
 async def serve(settings: Settings, sock: socket.socket, *, reloading: bool = False) -> None:
@@ -121,29 +130,26 @@ async def serve(settings: Settings, sock: socket.socket, *, reloading: bool = Fa
     `reloading`: under a reloader, which passes on what reaches both of us from a terminal. So there what
     comes within half a second is the first signal still.
     """
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    impatient_from = 0.0
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with anyio.create_task_group() as tasks:
+            async with Server(settings).running(sock) as port:
+                # What is here now stays: no need to look through it again with each collection of garbage.
+                gc.collect()
+                gc.freeze()
+                host = sock.getsockname()[0]
+                host = f"[{host}]" if ":" in host else host
+                log.info("listening on %s:%d: open http://%s:%d", host, port, _browsable(host), port)
+                await anext(signals)
+                log.info("draining: no new chats; running ones have %g s", settings.drain_timeout)
+                tasks.start_soon(_exit_at_next, signals, 0.5 if reloading else 0.0)
+            tasks.cancel_scope.cancel()
 
-    def on_signal() -> None:
-        nonlocal impatient_from
-        if not stop.is_set():
-            impatient_from = loop.time() + (0.5 if reloading else 0)
-            stop.set()
-        elif loop.time() >= impatient_from:
-            log.warning("second signal: stopping at once")
-            os._exit(1)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal)
-    async with Server(settings).running(sock) as port:
-        # What is here now stays: no need to look through it again with each collection of garbage.
-        gc.collect()
-        gc.freeze()
-        log.info("listening on http://%s:%d", settings.host, port)
-        if settings.grok_api_key is None:
-            log.warning("GROK_API_KEY is not set: answers come from the built-in demo, not from Grok")
-        if "*" in settings.allowed_origins:
-            log.warning("ALLOWED_ORIGINS is *: any web page may spend this key's credits")
-        await stop.wait()
-        log.info("draining: no new chats; running ones have %g s", settings.drain_timeout)
+async def _exit_at_next(signals: AsyncIterator[signal.Signals], after: float) -> None:
+    """End the process at the next signal that comes more than `after` seconds from now."""
+    with anyio.move_on_after(after):
+        while True:
+            await anext(signals)
+    await anext(signals)
+    log.warning("second signal: stopping at once")
+    os._exit(1)

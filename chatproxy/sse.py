@@ -5,6 +5,7 @@ Section numbers are those of the WHATWG HTML standard, "Server-sent events".
 """
 
 import re
+from collections.abc import Mapping
 
 # One line or event larger than this is not a chat chunk, it is a fault or an attack.
 MAX_EVENT_BYTES = 1_000_000
@@ -16,19 +17,32 @@ _DONE_LINE = re.compile(r"^\[DONE\]$", re.MULTILINE)
 
 
 class TooLong(ValueError):
-    """A line or an event is longer than MAX_EVENT_BYTES."""
+    """A line or an event is longer than it may be."""
 
 
 class Decoder:
     """Turns the bytes of an event stream, cut anywhere, into the data of its events.
 
-    Lines end with LF, CR LF or CR and nothing else (9.2.5). Event types, ids and comments are
-    skipped: Grok sends none that matter.
+    Lines end with LF, CR LF or CR and nothing else (9.2.5). Ids and comments are skipped: Grok
+    sends none that matter. `max_event_bytes` bounds a line and an event; `larger` gives the bound
+    of those event types that have another one, where the type comes before the data.
     """
 
-    __slots__ = ("_after_cr", "_data", "_data_size", "_rest", "_rest_size", "_started")
+    __slots__ = (
+        "_after_cr",
+        "_data",
+        "_data_size",
+        "_larger",
+        "_limit",
+        "_rest",
+        "_rest_size",
+        "_started",
+        "max_event_bytes",
+    )
 
-    def __init__(self) -> None:
+    def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES, larger: Mapping[bytes, int] | None = None) -> None:
+        self.max_event_bytes = self._limit = max_event_bytes
+        self._larger = larger or {}
         self._started = False
         self._after_cr = False
         self._rest: list[bytes] = []  # an unfinished line, in the cuts it came in
@@ -48,7 +62,8 @@ class Decoder:
 
         lines = piece.split(b"\n")
         self._rest_size += len(lines[0])
-        if self._rest_size > MAX_EVENT_BYTES:
+        limit = self._limit
+        if self._rest_size > limit:
             raise TooLong
         rest = lines.pop()
         if lines:
@@ -69,16 +84,20 @@ class Decoder:
             if line.startswith(b"data:") or line == b"data":
                 data.append(line[6:] if line[5:6] == b" " else line[5:])
                 size += len(line)
-                if size > MAX_EVENT_BYTES:
+                if size > limit:
                     raise TooLong
-            elif not line and data:  # 9.2.6: an event without a data line is not dispatched
-                events.append(data[0] if len(data) == 1 else b"\n".join(data))
-                data, size = [], 0
-        self._data, self._data_size = data, size
+            elif not line:
+                if data:  # 9.2.6: an event without a data line is not dispatched
+                    events.append(data[0] if len(data) == 1 else b"\n".join(data))
+                    data, size = [], 0
+                limit = self.max_event_bytes
+            elif line.startswith(b"event:"):
+                limit = self._larger.get(line[6:].removeprefix(b" "), self.max_event_bytes)
+        self._data, self._data_size, self._limit = data, size, limit
         return events
 
 
-class Text:
+class DeltaSplitter:
     """Cuts the deltas of one text into the data of events that every reader joins back exactly.
 
     CR LF and CR become LF, also when a CR LF is cut between two deltas; a line that is exactly
@@ -118,12 +137,14 @@ def encode(data: str, type: str | None = None, id: str | None = None) -> bytes:
     """
     if "\n" in data:
         data = data.replace("\n", "\ndata: ")
+    if type is id is None:
+        return f"data: {data}\n\n".encode()
     head = f"event: {type}\n" if type else ""
     tail = f"id: {id}\n" if id else ""
     return f"{head}data: {data}\n{tail}\n".encode()
 
 
-def opening(id: str, reconnection_time: int) -> bytes:
+def encode_reconnect_hint(id: str, reconnection_time: int) -> bytes:
     """The frame that gives a reader a place to come back to before the first event.
 
     9.2.6: an event without data is dropped, but its id and its reconnection time (in

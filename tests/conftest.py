@@ -78,10 +78,12 @@ def environment(upstream_url: str, **changes: object) -> dict[str, str]:
     }
 
 
-def from_recordings(parameters: Callable[[Path], Iterable[ParameterSet]]) -> list[ParameterSet]:
-    """What is made of the directory that XAI_RECORDINGS names; without it one parameter that is skipped."""
-    directory = os.environ.get("XAI_RECORDINGS")
-    skip = pytest.mark.skip(reason="XAI_RECORDINGS names no directory of recordings")
+def from_recordings(
+    parameters: Callable[[Path], Iterable[ParameterSet]], variable: str = "XAI_RECORDINGS"
+) -> list[ParameterSet]:
+    """What is made of the directory that the variable names; without it one parameter that is skipped."""
+    directory = os.environ.get(variable)
+    skip = pytest.mark.skip(reason=f"{variable} names no directory of recordings")
     return [*parameters(Path(directory))] if directory else [pytest.param(None, marks=skip, id="none")]
 
 
@@ -182,6 +184,10 @@ class Caller:
         async with asyncio.timeout(PATIENCE):
             return await self._reader.readuntil(end)
 
+    async def exactly(self, size: int) -> bytes:
+        async with asyncio.timeout(PATIENCE):
+            return await self._reader.readexactly(size)
+
     async def some(self, limit: int = 65536) -> bytes:
         """What has come, at least one byte, b"" at the end."""
         async with asyncio.timeout(PATIENCE):
@@ -190,6 +196,10 @@ class Caller:
     async def rest(self) -> bytes:
         async with asyncio.timeout(PATIENCE):
             return await self._reader.read()
+
+    def at_eof(self) -> bool:
+        """Whether all has been read, and no more can come."""
+        return self._reader.at_eof()
 
     async def piece(self) -> bytes:
         """One transfer chunk of the answer's body; b"" is its tidy end."""

@@ -24,19 +24,25 @@ closes", so that the bytes on the wire are the body and nothing else; `error` is
     sse(frame(chunk({"content": "a"})), b": ping\n\n", 0.1, DONE)
     error(503, {"code": "...", "error": "..."}, {"Retry-After": "3"})
 
+That is Chat Completions; the same for the Responses API is in `tests.responses`. A call of either is a chat call.
+
 What was seen: `upstream.calls` (chat calls only), `upstream.probes` (GET /v1/api-key, answered by `key`),
 `upstream.strays` (anything else, answered 404), `upstream.connections`, `upstream.open`, `upstream.playing`;
 `upstream.play(*scripts)` forgets the calls and plays others from then on.
 To wait: `await upstream.call(n)`, `await upstream.until(lambda: upstream.playing == 0)`,
 `await call.hung_up(within=1)`. All waits fail after a time; an error in a script is raised when the context closes.
 
+`upstream.lose_connections()` drops what arrives on those that are open, as a NAT does that forgot them.
+
 Addresses where nothing answers: `refusing()` (connection refused) and `unreachable()` (it is never made).
 """
 
 import asyncio
+import ctypes
 import enum
 import json
 import socket
+import ssl
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -256,8 +262,9 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
-        # Nothing is held back here: a step is over when the kernel has its bytes.
-        transport.set_write_buffer_limits(high=0)
+        if transport.get_extra_info("ssl_object") is None:  # over TLS asyncio would take 0 for never
+            # Nothing is held back here: a step is over when the kernel has its bytes.
+            transport.set_write_buffer_limits(high=0)
         self._transport = transport
         self._number = self._upstream._joined(self)
         self._task = asyncio.get_running_loop().create_task(self._serve())
@@ -358,8 +365,9 @@ class _Connection(asyncio.Protocol):
 class Upstream:
     """A scripted Grok on a free port of 127.0.0.1, for as long as its context is open."""
 
-    def __init__(self, *scripts: Script, key: Script | None = None) -> None:
+    def __init__(self, *scripts: Script, key: Script | None = None, tls: ssl.SSLContext | None = None) -> None:
         self.play(*scripts)
+        self._tls = tls
         self.key: Script = error(200, GOOD_KEY) if key is None else key
         """What GET /v1/api-key gets."""
         self.connections = 0
@@ -370,9 +378,9 @@ class Upstream:
 
     async def __aenter__(self) -> Self:
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: _Connection(self), "127.0.0.1", 0, backlog=4096)
+        self._server = await loop.create_server(lambda: _Connection(self), "127.0.0.1", 0, backlog=4096, ssl=self._tls)
         self.port: int = self._server.sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}/v1"
+        self.url = f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}/v1"
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -400,6 +408,11 @@ class Upstream:
     def playing(self) -> int:
         """Chat calls whose script is running now."""
         return sum(not (call.played.is_set() or call.left.is_set()) for call in self.calls)
+
+    def lose_connections(self) -> None:
+        """From now on drop what arrives on the connections that are open, without a word to anybody. Linux only."""
+        for connection in self._connections:
+            drop_received(connection._transport.get_extra_info("socket"))
 
     async def call(self, index: int = 0, within: float = 5.0) -> Call:
         """The chat call with this index, once it has arrived."""
@@ -429,7 +442,7 @@ class Upstream:
     def _script(self, call: Call) -> Steps:
         script: Script
         match call.method, urlsplit(call.path).path:  # asked as an HTTP proxy, it is the target as well
-            case "POST", "/v1/chat/completions":
+            case "POST", "/v1/chat/completions" | "/v1/responses":
                 self.calls.append(call)
                 script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
             case "GET", "/v1/api-key":
@@ -440,6 +453,13 @@ class Upstream:
                 script = error(404, {"code": "not-found", "error": f"No handler found on route {call.path}"})
         self._changed()
         return script(call) if callable(script) else script
+
+
+def drop_received(sock: Any) -> None:
+    """Let a TCP socket receive and acknowledge nothing any more, as behind a NAT that forgot it. Linux only."""
+    instruction = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # BPF: return 0, the bytes to keep
+    filter_ = struct.pack("HL", 1, ctypes.addressof(instruction))
+    sock.setsockopt(socket.SOL_SOCKET, 26, filter_)  # SO_ATTACH_FILTER
 
 
 @contextmanager

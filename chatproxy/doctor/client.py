@@ -20,7 +20,7 @@ import httpx
 from anyio.abc import SocketAttribute
 from anyio.streams.tls import TLSAttribute
 
-from chatproxy.config import origin
+from chatproxy.config.values import origin
 
 # Seconds for what a healthy service does at once.
 PROMPT = 5.0

@@ -24,7 +24,7 @@ _WHOSE = {
 }
 
 # An id that no stream has: asking for it shows who answers under /api/, and costs nothing.
-_NO_STREAM = "/api/chat/doctor/stream"
+_NO_STREAM = "/api/chat/doctordoctordoctor0000/stream"  # an id as the service makes them
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,21 @@
-"""Who owns a resumable answer: one task that reads it, what is kept of it, its readers, its end.
+"""Resumable streams: the task that reads an answer whoever listens, its readers, its idempotency key, its end.
 
-Does not know HTTP, httpx, or what an event means: an answer is a row of frames numbered from 1.
+Does not know HTTP, httpx, or what a frame means. The frames themselves are in an `EventStore`.
 """
 
 import asyncio
 import logging
 import re
 import secrets
-import sys
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager, suppress
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from itertools import count
 from typing import Protocol
 
+import anyio
+
 from chatproxy import sse
+from chatproxy.config import Settings
 from chatproxy.errors import (
     Abandoned,
     ChatError,
@@ -24,330 +25,276 @@ from chatproxy.errors import (
     ReplayLost,
     Stopped,
     StreamNotFound,
+    StreamTimeout,
 )
+from chatproxy.events import Failed, StreamSummary
+from chatproxy.formats import MakeFormat
 from chatproxy.metrics import Metrics
-from chatproxy.services.relay import Frame, Report, Step, failed
+from chatproxy.services.access import Caller
+from chatproxy.services.limits import ReaderLimit
+from chatproxy.services.relay import Batch, Frames
+from chatproxy.services.store import EventStore
 
 log = logging.getLogger(__name__)
 
-# How long a browser waits before it reconnects, in milliseconds.
-RECONNECTION_TIME = 2000
+RECONNECTION_TIME = 2000  # milliseconds that a browser waits before it reconnects
+STREAM_ID = r"[A-Za-z0-9_-]{22}"  # the form of their ids
 
-# The number in the id of `replay_lost`: an event after which there is nothing, whatever comes.
-NOTHING_AFTER = 2**53 - 1
-
-# So many frames go to a reader at once; a long replay must not become one huge write.
-BATCH = 256
-
-
-class Store(Protocol):
-    """Where the frames of resumable answers are kept. Asynchronous, so that it may be another machine."""
-
-    async def open(self, stream: str) -> None:
-        """Begin a row of frames."""
-
-    async def append(self, stream: str, frames: Sequence[bytes]) -> None:
-        """Add frames to the row, and wake those who read it."""
-
-    async def close(self, stream: str, keep: float) -> None:
-        """Nothing will be appended any more; forget the row in `keep` seconds. Its readers may read on."""
-
-    async def last(self, stream: str) -> tuple[int, bool]:
-        """The number of the last frame, and whether the row is closed. Raises StreamNotFound."""
-
-    def read(self, stream: str, after: int) -> AsyncGenerator[Sequence[bytes], None]:
-        """The frames after that number, then those to come, until the row is closed.
-
-        Raises StreamNotFound, and ReplayLost when some of them are no longer kept.
-        """
-
-
-class _Row:
-    def __init__(self) -> None:
-        self.frames: deque[bytes] = deque()
-        self.dropped = 0
-        self.size = 0
-        self.closed = False
-        self.changed = asyncio.Event()
-
-    def drop_oldest(self) -> int:
-        size = _size(self.frames.popleft())
-        self.dropped += 1
-        self.size -= size
-        return size
-
-
-def _size(frame: bytes) -> int:
-    return sys.getsizeof(frame) + 8  # and its place in the row
-
-
-class MemoryStore:
-    """A Store in this process: at most `stream_bytes` for each row and `total_bytes` for all.
-
-    When it is full, the oldest closed rows go first, then the oldest frames of the growing one.
-    """
-
-    def __init__(self, stream_bytes: int, total_bytes: int) -> None:
-        self.size = 0
-        self._stream_bytes = stream_bytes
-        self._total_bytes = total_bytes
-        self._rows: dict[str, _Row] = {}
-        self._closed: dict[str, _Row] = {}  # the oldest first
-
-    async def open(self, stream: str) -> None:
-        self._rows[stream] = _Row()
-
-    async def append(self, stream: str, frames: Sequence[bytes]) -> None:
-        row = self._rows[stream]
-        row.frames.extend(frames)
-        size = sum(map(_size, frames))
-        row.size += size
-        self.size += size
-        while row.size > self._stream_bytes:
-            self.size -= row.drop_oldest()
-        while self.size > self._total_bytes:
-            if self._closed:
-                oldest = self._forget(next(iter(self._closed)))
-                while oldest.frames:  # from under its readers, too
-                    oldest.drop_oldest()
-            else:
-                self.size -= row.drop_oldest()
-        self._wake(row)
-
-    async def close(self, stream: str, keep: float) -> None:
-        row = self._closed[stream] = self._rows[stream]
-        row.closed = True
-        self._wake(row)
-        asyncio.get_running_loop().call_later(keep, self._expire, stream)  # by its name: eviction may come first
-
-    async def last(self, stream: str) -> tuple[int, bool]:
-        row = self._row(stream)
-        return row.dropped + len(row.frames), row.closed
-
-    async def read(self, stream: str, after: int) -> AsyncGenerator[Sequence[bytes], None]:
-        row = self._row(stream)
-        while True:
-            start = after - row.dropped
-            if start < 0:
-                raise ReplayLost
-            end = min(start + BATCH, len(row.frames))
-            if start < end:
-                after += end - start
-                yield [row.frames[i] for i in range(start, end)]
-            elif row.closed:
-                return
-            else:
-                await row.changed.wait()
-
-    def _row(self, stream: str) -> _Row:
-        try:
-            return self._rows[stream]
-        except KeyError:
-            raise StreamNotFound from None
-
-    def _expire(self, stream: str) -> None:
-        if stream in self._rows:
-            self._forget(stream)
-
-    def _forget(self, stream: str) -> _Row:
-        row = self._rows.pop(stream)
-        del self._closed[stream]
-        self.size -= row.size
-        return row
-
-    @staticmethod
-    def _wake(row: _Row) -> None:
-        row.changed.set()  # each waiter's own future is done by this
-        row.changed.clear()
+# The number in the id of a failure that is a reader's own: an event after which there is nothing, whatever comes.
+FINAL_EVENT_NUMBER = 2**53 - 1
 
 
 class Upstream(Protocol):
-    """What an owner can do to the answer it reads."""
+    """What can be done to the completion that a stream is made of."""
 
-    def interrupt(self, error: Exception) -> None: ...
+    def cancel_with(self, error: Exception) -> None: ...
 
 
-class Answer:
+class ResumableStream:
     """One resumable answer, from its request until it is forgotten."""
 
-    def __init__(self, upstream: Upstream, report: Report, key: tuple[str, str] | None, digest: bytes) -> None:
+    def __init__(
+        self,
+        upstream: Upstream,
+        summary: StreamSummary,
+        make_format: MakeFormat,
+        key: tuple[str, str] | None,
+        body_digest: bytes,
+        name: str | None = None,
+    ) -> None:
         id = self.id = secrets.token_urlsafe(16)  # 128 bits: it is the ticket of whoever reads the answer
+        self.name = name  # another one, chosen by the client
         self.upstream: Upstream | None = upstream  # until it has ended
-        self.report = report
+        self.summary = summary
         self.key = key
-        self.digest = digest
-        self.decided = asyncio.Event()  # Grok's first chunk is here, or its refusal
-        self.refused: ChatError | None = None
-        self.told = False  # the caller has its status, and so the id
+        self.body_digest = body_digest
+        self.first_chunk_or_error = asyncio.Event()
+        self.error: ChatError | None = None  # before the status was sent; or the store's
+        self.status_sent = False  # whoever asked knows the id
         self.readers = 0
-        self.written = 0
-        self.read = 0  # the highest number given to any reader
-        self.farewell: asyncio.TimerHandle | None = None
+        self.written = 0  # frames
+        self.read, self.read_to_end = 0, False  # the highest number given to any reader; whether one has taken all
+        self.abandon_timer: asyncio.TimerHandle | None = None
         numbers = count(1)
-        self.frame: Frame = lambda data, type: sse.encode(data, type, f"{id}-{next(numbers)}")
+        self.format = make_format(id, lambda data, type: sse.encode(data, type, f"{id}-{next(numbers)}"))
+        # A failure of one reader's own has an id, too, so that it does not come back.
+        self.reader_format = make_format(id, lambda data, type: sse.encode(data, type, f"{id}-{FINAL_EVENT_NUMBER}"))
 
 
-class Streams:
-    """The resumable answers of this process."""
+class StreamRegistry:
+    """The resumable streams of this process."""
 
-    def __init__(self, store: Store, resume_window: float, replay_ttl: float, metrics: Metrics) -> None:
+    def __init__(self, store: EventStore, settings: Settings, readers: ReaderLimit, metrics: Metrics) -> None:
         self._store = store
-        self._resume_window = resume_window
-        self._replay_ttl = replay_ttl
+        self._settings = settings
+        self._readers = readers
         self._metrics = metrics
-        self._answers: dict[str, Answer] = {}
-        self._keys: dict[object, Answer] = {}
+        self._streams: dict[str, ResumableStream] = {}
+        self._keys: dict[tuple[str, str], ResumableStream] = {}
+        self._names: dict[str, ResumableStream] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def find(self, stream: str) -> Answer:
+    async def find(self, id: str) -> ResumableStream:
         """Raises StreamNotFound."""
         try:
-            return self._answers[stream]
+            return self._streams[id]
         except KeyError:
             raise StreamNotFound from None
 
-    def find_key(self, key: tuple[str, str] | None, digest: bytes) -> Answer | None:
-        """The answer that was started with this idempotency key. Raises InvalidRequest if it had another body."""
-        answer = self._keys.get(key) if key else None
-        if answer and answer.digest != digest:
-            raise InvalidRequest("This Idempotency-Key was used with another body.", param="Idempotency-Key")
-        return answer
+    async def find_by_name(self, name: str) -> ResumableStream | None:
+        """The last stream of that name, if it has not been read to its end."""
+        stream = self._names.get(name.lower())
+        return stream if stream is not None and not stream.read_to_end else None
 
-    def start(
-        self,
-        events: Callable[[Frame], AsyncGenerator[Step, None]],
-        upstream: Upstream,
-        report: Report,
-        key: tuple[str, str] | None = None,
-        digest: bytes = b"",
-    ) -> Answer:
-        """Begin to read `events` (made from the answer's own framing), whoever listens."""
-        answer = Answer(upstream, report, key, digest)
-        self._answers[answer.id] = answer
-        if key:
-            self._keys[key] = answer
-        task = asyncio.create_task(self._own(answer, events(answer.frame)))
+    async def claim(self, stream: ResumableStream) -> ResumableStream:
+        """Make a new stream known; or give the one that its idempotency key has started, and forget the new one.
+
+        Raises InvalidRequest if that one had another body.
+        """
+        first = self._keys.setdefault(stream.key, stream) if stream.key else stream
+        if first.body_digest != stream.body_digest:
+            raise InvalidRequest("This Idempotency-Key was used with another body.", param="Idempotency-Key")
+        if first is stream:
+            self._streams[stream.id] = stream
+        return first
+
+    def discard(self, stream: ResumableStream) -> None:
+        """Forget a stream that was not started."""
+        del self._streams[stream.id]
+        self._release_names(stream)
+
+    def start(self, stream: ResumableStream, batches: AsyncGenerator[Batch, None]) -> None:
+        """Begin to read the answer, whoever listens. It takes the place of an older one with the same name."""
+        if stream.name:
+            self._names[stream.name] = stream
+        task = asyncio.create_task(self._run(stream, batches))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return answer
 
-    async def decide(self, answer: Answer, hold: float) -> None:
-        """Wait until the status of `answer` is known, at most `hold` seconds. Raises ChatError."""
-        with self._reading(answer):
-            with suppress(TimeoutError):
-                async with asyncio.timeout(hold):
-                    await answer.decided.wait()
-            if answer.refused:
-                raise answer.refused
-            answer.told = True
+    async def wait_for_status(self, stream: ResumableStream, caller: Caller) -> None:
+        """Wait until the status of a stream is known, at most STATUS_HOLD seconds. Raises ChatError."""
+        with self._attached(stream, caller):
+            await self._wait_for_status(stream)
 
-    async def follow(self, answer: Answer, hold: float) -> AsyncGenerator[Step, None]:
-        """The answer from its start, for the caller who asked. Raises ChatError before the first frame."""
-        await self.decide(answer, hold)
-        async with aclosing(self.replay(answer, 0)) as steps:
-            async for step in steps:
-                yield step
+    def follow(self, stream: ResumableStream, caller: Caller) -> AsyncGenerator[Frames, None]:
+        """A stream from its start. Raises ChatError before the first frame, if no status was sent before."""
+        return self.replay(stream, 0, caller)
 
-    async def replay(self, answer: Answer, after: int) -> AsyncGenerator[Step, None]:
+    async def replay(self, stream: ResumableStream, after: int, caller: Caller) -> AsyncGenerator[Frames, None]:
         """What comes after that number: first what is kept, then what is still to come."""
-        with self._reading(answer):
-            yield [sse.opening(f"{answer.id}-{after}", RECONNECTION_TIME)], False
-            try:
-                if after == NOTHING_AFTER:
-                    raise ReplayLost
-                async with aclosing(self._store.read(answer.id, after)) as batches:
-                    async for batch in batches:
-                        after += len(batch)
-                        answer.read = max(answer.read, after)
-                        yield batch, False
-            except (ReplayLost, StreamNotFound):
-                id = f"{answer.id}-{NOTHING_AFTER}"
-                lost = failed(ReplayLost(), answer.report.request_id, lambda data, type: sse.encode(data, type, id))
-                yield [lost], True
+        with self._attached(stream, caller):
+            if not stream.status_sent:
+                await self._wait_for_status(stream)
+            async with aclosing(self._read(stream, after)) as batches:
+                async for batch in batches:
+                    yield batch
 
-    async def position(self, answer: Answer, last_event_id: str) -> tuple[int, bool]:
-        """The number in that id, and whether anything comes after it. Raises InvalidLastEventID."""
-        stream, _, number = last_event_id.rpartition("-")
-        if stream != answer.id or not re.fullmatch(r"[0-9]{1,16}", number):
+    async def parse_last_event_id(self, stream: ResumableStream, last_event_id: str) -> tuple[int, bool]:
+        """The number in an event id, and whether anything comes after it. Raises InvalidLastEventID."""
+        id, _, digits = last_event_id.rpartition("-")
+        if id != stream.id or not re.fullmatch(r"[0-9]{1,16}", digits):
             raise InvalidLastEventID
-        after = int(number)
-        if after == NOTHING_AFTER:
-            return after, False
+        number = int(digits)
+        if number == FINAL_EVENT_NUMBER:
+            return number, False
         try:
-            last, closed = await self._store.last(stream)
-        except StreamNotFound:  # dropped to make room for others: who still needs it is told by `replay`
-            last, closed = answer.written, True
-        if after > last:
+            last, closed = await self._store.last(stream.id)
+        except StreamNotFound:  # dropped to make room for others: who still needs it is told when it reads
+            last, closed = stream.written, True
+        if number > last:
             raise InvalidLastEventID
-        return after, after < last or not closed
+        return number, number < last or not closed or stream.error is not None
 
-    def stop(self, stream: str) -> None:
-        """Hang up, if that answer is still running."""
-        if (answer := self._answers.get(stream)) and answer.upstream:
-            answer.upstream.interrupt(Stopped())
+    async def stop(self, id: str) -> None:
+        """End an answer, if it is still running: by its id, or by its name."""
+        stream = self._streams.get(id) or self._names.get(id.lower())
+        if stream is not None and stream.upstream is not None:
+            stream.upstream.cancel_with(Stopped())
 
     async def aclose(self) -> None:
+        """End every stream without a word."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _own(self, answer: Answer, events: AsyncGenerator[Step, None]) -> None:
-        """Read an answer to its end, keep it, and forget it in the end."""
-        store, report = self._store, answer.report
-        await store.open(answer.id)
-        async with aclosing(events):  # after the end is told: Grok may take its time to close
+    async def _wait_for_status(self, stream: ResumableStream) -> None:
+        with anyio.move_on_after(self._settings.status_hold):
+            await stream.first_chunk_or_error.wait()
+        if stream.error is not None and not stream.status_sent:
+            raise type(stream.error)(
+                stream.error.message, retry_after=stream.error.retry_after, headers=stream.error.headers
+            )
+        stream.status_sent = True
+
+    async def _read(self, stream: ResumableStream, after: int) -> AsyncGenerator[Frames, None]:
+        yield [sse.encode_reconnect_hint(f"{stream.id}-{after}", RECONNECTION_TIME)], False
+        deadline = asyncio.get_running_loop().time() + self._settings.stream_timeout
+        error: ChatError | None = None
+        try:
+            if after == FINAL_EVENT_NUMBER:
+                raise ReplayLost
+            async with aclosing(self._store.read(stream.id, after)) as batches:
+                async for batch in batches:
+                    after += len(batch)
+                    stream.read = max(stream.read, after)
+                    yield batch, False
+                    if asyncio.get_running_loop().time() > deadline:
+                        raise StreamTimeout
+            stream.read_to_end = True
+            error = stream.error  # the store's: the end of the answer could not be kept
+        except StreamNotFound:
+            error = ReplayLost()
+        except ChatError as failure:
+            error = failure
+        if error is not None:
+            last = stream.reader_format.encode([Failed(error)])
+            error = None  # its traceback holds this frame
+            yield last, True
+
+    async def _run(self, stream: ResumableStream, batches: AsyncGenerator[Batch, None]) -> None:
+        """Read an answer to its end, keep its frames, and forget it in the end."""
+        store, summary = self._store, stream.summary
+        created = False
+        try:
+            async with aclosing(batches):  # after the end is told: Grok may take its time to close
+                try:
+                    await store.create(stream.id)
+                    created = True
+                    async for events, last in batches:  # pragma: no branch -- one is the last
+                        frames = stream.format.encode(events)
+                        await store.append(stream.id, frames)
+                        stream.written += len(frames)
+                        stream.first_chunk_or_error.set()
+                        if last:
+                            break
+                except ChatError as error:  # before Grok's first chunk, or the store's
+                    await self._end_with_error(stream, error, created)
+                except Exception:
+                    log.exception("a resumable stream ended by a mistake of ours")
+                    await self._end_with_error(stream, InternalError(), created)
+                finally:
+                    await self._close(stream, created)
+        finally:
+            summary.close("left")
+            if stream.status_sent or stream.error is None:  # else the line of its request tells it
+                log.info("stream ended", extra={"request_id": summary.request_id, **summary.fields()})
+
+    async def _close(self, stream: ResumableStream, created: bool) -> None:
+        stream.upstream = None
+        stream.first_chunk_or_error.set()
+        if stream.abandon_timer:
+            stream.abandon_timer.cancel()
+        keep = self._settings.replay_ttl if stream.status_sent or stream.error is None else 0
+        asyncio.get_running_loop().call_later(keep, self._forget, stream.id)
+        if created:
             try:
-                async for frames, last in events:  # pragma: no branch -- one is the last
-                    await store.append(answer.id, frames)
-                    answer.written += len(frames)
-                    answer.decided.set()
-                    if last:
-                        break
-            except ChatError as error:  # before Grok's first chunk
-                await self._fail(answer, error)
+                await self._store.close(stream.id, keep)
+            except ChatError as error:
+                log.warning("%s: the end of a stream could not be kept", error.code)
             except Exception:
-                log.exception("an answer ended by a mistake of ours")
-                await self._fail(answer, InternalError())
-            finally:
-                answer.upstream = None
-                answer.decided.set()
-                if answer.farewell:
-                    answer.farewell.cancel()
-                keep = 0 if answer.refused else self._replay_ttl
-                await store.close(answer.id, keep)
-                asyncio.get_running_loop().call_later(keep, self._forget, answer.id)
-                report.count(self._metrics)
-                if not answer.refused:  # else its request's own line tells it
-                    log.info("stream ended", extra={"request_id": report.request_id, **report.fields()})
+                log.exception("the end of a stream could not be kept")
 
-    async def _fail(self, answer: Answer, error: ChatError) -> None:
-        answer.report.fail(error)
-        if answer.told:
-            answer.written += 1
-            await self._store.append(answer.id, [failed(error, answer.report.request_id, answer.frame)])
-        else:
-            answer.refused = error
-            self._keys.pop(answer.key, None)  # the next try with this key starts anew
+    async def _end_with_error(self, stream: ResumableStream, error: ChatError, created: bool) -> None:
+        stream.summary.close("failed", error.code)
+        if stream.status_sent and created:
+            try:
+                await self._store.append(stream.id, stream.format.encode([Failed(error)]))
+                stream.written += 1
+                return
+            except ChatError as failure:
+                log.warning("%s: the end of a stream could not be kept", failure.code)
+            except Exception:
+                log.exception("the end of a stream could not be kept")
+        stream.error = error.with_traceback(None)
+        if not stream.status_sent:
+            self._release_names(stream)  # the next try with this key starts anew
 
-    def _forget(self, stream: str) -> None:
-        answer = self._answers.pop(stream)
-        if self._keys.get(answer.key) is answer:
-            del self._keys[answer.key]
+    def _forget(self, id: str) -> None:
+        stream = self._streams.pop(id)
+        self._release_names(stream)
         # The last frame is the end; before the first delta there may be others.
-        self._metrics.unread_deltas.inc(max(0, min(answer.report.deltas, answer.written - 1 - answer.read)))
+        self._metrics.unread_deltas.inc(max(0, min(stream.summary.deltas, stream.written - 1 - stream.read)))
+
+    def _release_names(self, stream: ResumableStream) -> None:
+        if stream.key and self._keys.get(stream.key) is stream:
+            del self._keys[stream.key]
+        if stream.name and self._names.get(stream.name) is stream:
+            del self._names[stream.name]
 
     @contextmanager
-    def _reading(self, answer: Answer) -> Iterator[None]:
-        """Somebody reads. When nobody does any more, Grok is hung up after the resume window."""
-        answer.readers += 1
-        if answer.farewell:
-            answer.farewell.cancel()
-        try:
-            yield
-        finally:
-            answer.readers -= 1
-            if not answer.readers and answer.upstream:
-                # Whoever left before the status, and gave no key, has no way to come back.
-                window = self._resume_window if answer.told or answer.key else 0
-                loop = asyncio.get_running_loop()
-                answer.farewell = loop.call_later(window, answer.upstream.interrupt, Abandoned())
+    def _attached(self, stream: ResumableStream, caller: Caller) -> Iterator[None]:
+        """Somebody reads. When nobody does any more, Grok is cancelled after the resume window. Raises ChatError."""
+        with self._readers.reading(stream.id, caller):
+            stream.readers += 1
+            if stream.abandon_timer:
+                stream.abandon_timer.cancel()
+            try:
+                yield
+            finally:
+                stream.readers -= 1
+                if not stream.readers and stream.upstream is not None:
+                    # Whoever left before the status, and gave no key or name, has no way to come back.
+                    can_return = stream.status_sent or stream.key or stream.name
+                    window = self._settings.resume_window if can_return else 0
+                    loop = asyncio.get_running_loop()
+                    stream.abandon_timer = loop.call_later(window, stream.upstream.cancel_with, Abandoned())

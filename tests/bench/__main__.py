@@ -31,6 +31,9 @@ FEWER_ROUNDS, FEWER_QUICK_ROUNDS = 3, 1
 # Stock httpx would need some four cores: most of its streams do not even begin.
 HOPELESS = {("thousand", "httpx")}
 
+# What compares the service with itself.
+ALONE = {("apis", "nginx"), ("apis", "httpx")}
+
 # Its pool takes 17 s to open a thousand connections.
 SLOW = {("memory", "httpx")}
 
@@ -71,7 +74,7 @@ async def bench(scenarios: list[str], quick: bool) -> None:
 
         results: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         rounds, fewer = (QUICK_ROUNDS, FEWER_QUICK_ROUNDS) if quick else (ROUNDS, FEWER_ROUNDS)
-        left_out = HOPELESS | SLOW if quick else HOPELESS
+        left_out = HOPELESS | ALONE | (SLOW if quick else set())
         for number in range(rounds):
             for scenario, name in product(scenarios, names):
                 if (number < fewer or scenario not in FEWER) and (scenario, name) not in left_out:

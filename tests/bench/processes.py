@@ -125,7 +125,7 @@ def upstream(folder: Path, core: int) -> Iterator[Target]:
 
 @contextmanager
 def proxy(name: str, upstream: Target, folder: Path, core: int) -> Iterator[Target]:
-    """A proxy in front of the upstream: nginx, chatproxy, or httpx (chatproxy on httpx's own transport)."""
+    """A proxy in front of the upstream: nginx; chatproxy; the same on httpx's transport, or on the Responses API."""
     port = free_port()
     if name == "nginx" and NGINX:
         config = folder / f"nginx-{port}.conf"
@@ -135,6 +135,8 @@ def proxy(name: str, upstream: Target, folder: Path, core: int) -> Iterator[Targ
         command, env = [sys.executable, "-m", "chatproxy"], settings(port, upstream.port)
         if name == "httpx":
             env["GROK_TRANSPORT"] = "httpx"
+        if name == "responses":
+            env["GROK_API"] = "responses"
     since = monotonic()
     with process(command, core, folder / f"{name}.log", env) as child:
         while not healthy(port):

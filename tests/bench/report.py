@@ -65,6 +65,9 @@ ROWS = {
     "stream": Row("resident memory per open stream, of 1,000", "KiB", (Limit("≤ 24", plus=24),)),
     "start": Row("start to the first 200 on /healthz", "ms", (Limit("≤ 500", plus=500),)),
     "leave": Row("a silent caller leaves -> upstream hung up", "ms", (Limit("≤ 5", plus=5),)),
+    "apis": Row("CPU per token, Responses API to Chat Completions", "x", (Limit("≤ 1.5", plus=1.5),)),
+    "apis_flood": Row("the same, flood", "x"),
+    "apis_bytes": Row("bytes per token, Responses API to Chat Completions", "x"),
     "late": Row(
         "token lateness p99, 1,000 streams x 20 tokens/s", "ms", (Limit("≤ 250, as nginx", "nginx", plus=250),)
     ),

@@ -10,7 +10,7 @@ from time import monotonic
 
 from tests.bench.load import Caller, connect, leave
 from tests.bench.processes import Target
-from tests.bench.script import FRAME_END, check
+from tests.bench.script import CHAT, FRAME_END, RESPONSES, check
 
 # More tokens than a scenario that ends by our leaving will ever see.
 ENDLESS = 1_000_000
@@ -91,14 +91,18 @@ async def thousand(lab: Lab, name: str) -> Values:
 
 async def flood(lab: Lab, name: str) -> Values:
     """8 streams as fast as they go, up to 10,000 tokens each."""
-    target = lab.targets[name]
+    return {"flood": await flood_cost(lab.targets[name], lab.window)}
+
+
+async def flood_cost(target: Target, window: float) -> float:
+    """CPU microseconds per token."""
     callers = [await connect(target) for _ in range(8)]
     before = target.cpu()
     ends = [caller.play(10_000) for caller in callers]
-    await asyncio.wait(ends, timeout=lab.window)
+    await asyncio.wait(ends, timeout=window)
     used = target.cpu() - before
     leave(callers)
-    return {"flood": used / sum(caller.check() for caller in callers) * 1e6}
+    return used / sum(caller.check() for caller in callers) * 1e6
 
 
 async def short(lab: Lab, name: str) -> Values:
@@ -193,6 +197,16 @@ async def memory(lab: Lab, name: str) -> Values:
     return {"rest": rest / 2**20, "stream": grown / 1000 / 2**10}
 
 
+async def apis(lab: Lab, name: str) -> Values:
+    """The Responses API beside Chat Completions: how many times as much a token costs, and how many bytes it has."""
+    chat = lab.targets[name]
+    with lab.fresh("responses") as target:
+        await exactness(target)
+        paced = (await steady(target, 100, 50, lab.window))[0] / (await steady(chat, 100, 50, lab.window))[0]
+        flooded = await flood_cost(target, lab.window) / await flood_cost(chat, lab.window)
+    return {"apis": paced, "apis_flood": flooded, "apis_bytes": len(RESPONSES.round) / len(CHAT.round)}
+
+
 SCENARIOS: dict[str, Scenario] = {
     "light": light,
     "paced": paced,
@@ -204,4 +218,5 @@ SCENARIOS: dict[str, Scenario] = {
     "start": start,
     "leave": leaving,
     "thousand": thousand,
+    "apis": apis,
 }

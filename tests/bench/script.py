@@ -5,7 +5,8 @@ Knows bytes. Does not know sockets, processes or time.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 # A bit of everything models emit: leading spaces, markdown, line breaks inside a token, bare white space,
@@ -68,7 +69,6 @@ HEAD = (
 )
 FIRST = chunk([{"index": 0, "delta": {"role": "assistant", "content": TOKENS[0]}}])
 FRAMES = [chunk([{"index": 0, "delta": {"content": token}}]) for token in TOKENS]
-ROUND = b"".join(FRAMES)
 TAIL = (
     chunk([{"index": 0, "delta": {}, "finish_reason": "stop"}])
     + chunk([], usage={"prompt_tokens": 7, "completion_tokens": 7, "total_tokens": 14})
@@ -77,14 +77,65 @@ TAIL = (
 )
 
 
-def frames(start: int, count: int) -> bytes:
+def event(kind: str, **fields: object) -> bytes:
+    """One event of the Responses API as xAI frames it, in one piece of chunked coding."""
+    document = {"sequence_number": 10, "type": kind, **fields}
+    data = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+    return piece(f"event: {kind}\ndata: {data}\n\n".encode())
+
+
+def delta(token: str) -> bytes:
+    """A token on the Responses API."""
+    item = "msg_3a946c8f-98f8-9c0e-85e9-a4bdcd618381"
+    kind = "response.output_text.delta"
+    return event(kind, content_index=0, delta=token, item_id=item, output_index=0, logprobs=[])
+
+
+MESSAGE = {"type": "message", "id": "msg_3a946c8f-98f8-9c0e-85e9-a4bdcd618381", "role": "assistant"}
+RESPONSE = {"id": "3a946c8f-98f8-9c0e-85e9-a4bdcd618381", "object": "response", "model": "grok-4.3"}
+OPENING = event("response.created", response=RESPONSE) + event(
+    "response.output_item.added", output_index=0, item={**MESSAGE, "content": []}
+)
+
+
+@dataclass(frozen=True)
+class Wire:
+    """The frames of the tokens on one of xAI's APIs."""
+
+    first: bytes
+    frames: list[bytes]
+    tail: Callable[[int], bytes]
+    """What follows so many tokens."""
+    round: bytes = b""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "round", b"".join(self.frames))
+
+
+def response_tail(tokens: int) -> bytes:
+    """The end of an answer, which repeats its text."""
+    item = {**MESSAGE, "content": [{"type": "output_text", "text": answer(tokens), "annotations": []}]}
+    usage = {"input_tokens": 7, "output_tokens": 7, "total_tokens": 14}
+    response = {**RESPONSE, "output": [item], "usage": usage}
+    return (
+        event("response.output_item.done", output_index=0, item=item)
+        + event("response.completed", response=response)
+        + b"0\r\n\r\n"
+    )
+
+
+CHAT = Wire(FIRST, FRAMES, lambda _: TAIL)
+RESPONSES = Wire(OPENING + delta(TOKENS[0]), [delta(token) for token in TOKENS], response_tail)
+
+
+def frames(start: int, count: int, wire: Wire = CHAT) -> bytes:
     """The upstream's bytes for so many tokens from the one numbered `start` on, without head and tail."""
-    parts = [FIRST] if start == 0 and count else []
+    parts = [wire.first] if start == 0 and count else []
     at, stop = start + len(parts), start + count
     while at < stop:
-        here = at % len(FRAMES)
-        step = min(len(FRAMES) - here, stop - at)
-        parts.append(ROUND if step == len(FRAMES) else b"".join(FRAMES[here : here + step]))
+        here = at % len(wire.frames)
+        step = min(len(wire.frames) - here, stop - at)
+        parts.append(wire.round if step == len(wire.frames) else b"".join(wire.frames[here : here + step]))
         at += step
     return b"".join(parts)
 

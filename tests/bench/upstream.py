@@ -15,7 +15,7 @@ from typing import cast
 import httptools
 import uvloop
 
-from tests.bench.script import HEAD, TAIL, frames, piece
+from tests.bench.script import CHAT, HEAD, RESPONSES, frames, piece
 
 PLAY = re.compile(rb"play (\d+) tokens, ([\d.]+) per second, from ([\d.]+)")
 
@@ -37,6 +37,7 @@ class Upstream(asyncio.Protocol):
         self.watchers = watchers
         self.parser = httptools.HttpRequestParser(self)
         self.path = self.body = b""
+        self.wire = CHAT
         self.played = self.tokens = 0
         self.interval = 0.0
         self.start = 0.0
@@ -61,6 +62,7 @@ class Upstream(asyncio.Protocol):
         if self.path == b"/hang-up":
             self.watchers.append(self.transport)
         elif asked := PLAY.search(self.body):
+            self.wire = RESPONSES if self.path == b"/v1/responses" else CHAT
             rate = float(asked[2])
             self.played, self.tokens = 0, int(asked[1])
             self.interval, self.start = 1 / rate if rate else 0.0, float(asked[3])
@@ -80,9 +82,9 @@ class Upstream(asyncio.Protocol):
     def play(self, count: int) -> None:
         """Write so many tokens, with what comes before the first and after the last, in one go."""
         head = b"" if self.played else HEAD
-        data = frames(self.played, count)
+        data = frames(self.played, count, self.wire)
         self.played += count
-        self.transport.write(head + data + (TAIL if self.played == self.tokens else b""))
+        self.transport.write(head + data + (self.wire.tail(self.tokens) if self.played == self.tokens else b""))
 
     def pour(self) -> None:
         """Write tokens until there are no more, or the reader has enough."""

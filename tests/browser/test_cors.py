@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from playwright.async_api import Page
 
-from chatproxy import routes
+from chatproxy.formats import plain
 from tests.browser.wires import Site
 from tests.conftest import HI, serving, spawned
 from tests.upstream import HANG, Script, Upstream, error, refusing, sse, stream, unreachable
@@ -111,7 +111,7 @@ async def test_mistake(
     page: Page, site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The same when the service itself makes a mistake."""
-    monkeypatch.setattr(routes, "decode_chat", None)
+    monkeypatch.setattr(plain, "decode_body", None)
     async with Upstream() as upstream, serving(upstream.url, allowed_origins=site.origin) as service:
         await page.goto(site.origin)
         outcome = await page.evaluate(FETCH, [f"{service.url}/api/chat", {"chat": CHAT}])

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from playwright.async_api import Page
 
-from tests.browser.test_readme import TEXT, TOKENS, begin, end, load
+from tests.browser.test_readers import TEXT, TOKENS, begin, end, load
 from tests.browser.wires import Relay, Site
 from tests.conftest import HI, serving
 from tests.upstream import Gate, Upstream, stream

@@ -182,7 +182,7 @@ def test_probes() -> None:
     """Each probe asks a route of the service, on the port where it listens, and readiness is not liveness."""
     deployment, service = kubernetes()
     [container] = deployment["spec"]["template"]["spec"]["containers"]
-    paths = {route.path for route in routes(try_page=True)}
+    paths = {route.path for route in routes(Settings())}
     probes = {name: container[name]["httpGet"] for name in ("startupProbe", "readinessProbe", "livenessProbe")}
     assert {probe["path"] for probe in probes.values()} <= paths
     assert (probes["readinessProbe"]["path"], probes["livenessProbe"]["path"]) == ("/readyz", "/healthz")

@@ -75,7 +75,7 @@ def folded(text: str) -> str:
 @settings(max_examples=1000)
 def test_frames_are_exact(answer: list[str]) -> None:
     """The frames of any deltas join to the text in every reader, and no line of them is the end marker."""
-    text = sse.Text()
+    text = sse.DeltaSplitter()
     frames = [sse.encode(data) for delta in answer for data in text.feed(delta)]
     assert b"data: [DONE]" not in b"".join(frames).split(b"\n")
     for reader in READERS:

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from chatproxy.errors import InvalidJSON, InvalidRequest
-from chatproxy.schemas import Chat, decode_chat
+from chatproxy.formats import Asked
+from chatproxy.formats.plain import decode_request
 from tests.conftest import HI, Local, refusal, serving
 from tests.upstream import Upstream
 
@@ -77,20 +78,25 @@ PARAM = re.compile(r"(messages(\[\d+\](\.(role|content))?)?|sessionId|include(\[
 @settings(max_examples=1000, deadline=None)
 def test_decoding(body: bytes) -> None:
     """A body is the chat that another reader of JSON finds in it, or one of two errors, which name our fields only."""
-    chat = outcome(body)
-    if isinstance(chat, Chat):
+    asked = outcome(body)
+    if isinstance(asked, Asked):
         sent = read(body)
-        assert [{"role": each.role, "content": each.content} for each in chat.messages] == heard(sent)
-        fields = {"sessionId": chat.sessionId, "include": chat.include, "resumable": chat.resumable}
-        assert fields == {field: sent.get(field) for field in fields}
+        assert [{"role": each.role, "content": each.content} for each in asked.chat.messages] == heard(sent)
+        assert asked.chat.session_id == mended(sent.get("sessionId"))
+        assert asked.resumable == bool(sent.get("resumable"))
     else:
-        assert chat.param is None or PARAM.fullmatch(chat.param)
-        assert chat.message.endswith(".")
+        assert asked.param is None or PARAM.fullmatch(asked.param)
+        assert asked.message.endswith(".")
 
 
-def outcome(body: bytes) -> Chat | InvalidJSON | InvalidRequest:
+def mended(text: str | None) -> str | None:
+    """With U+FFFD in place of each half of a pair."""
+    return text and text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def outcome(body: bytes) -> Asked | InvalidJSON | InvalidRequest:
     try:
-        return decode_chat(body)
+        return decode_request(body, "id")
     except (InvalidJSON, InvalidRequest) as error:
         return error
 
@@ -99,9 +105,9 @@ def read(body: bytes) -> Any:
     return json.loads(body, parse_int=str, parse_float=str)  # Python makes no numbers of 5,000 digits
 
 
-def heard(sent: Any) -> list[dict[str, str]]:
+def heard(sent: Any) -> list[dict[str, str | None]]:
     """The messages in it, which must be ones."""
-    found = [{"role": each["role"], "content": each["content"]} for each in sent["messages"]]
+    found = [{"role": each["role"], "content": mended(each["content"])} for each in sent["messages"]]
     assert found
     assert all(each["role"] in ("user", "assistant", "system") and each["content"] for each in found)
     return found
@@ -117,7 +123,7 @@ def test_many_edits() -> None:
             for _ in range(chance.randrange(1, 4))
         ]
         kinds.add(type(outcome(edited(edits))))
-    assert kinds == {Chat, InvalidJSON, InvalidRequest}
+    assert kinds == {Asked, InvalidJSON, InvalidRequest}
 
 
 @given(chat=st.lists(st.tuples(st.sampled_from(["user", "assistant", "system"]), st.text(min_size=1)), min_size=1))
@@ -125,7 +131,7 @@ def test_many_edits() -> None:
 def test_good_chats(chat: list[tuple[str, str]]) -> None:
     """What is in the right shape is never refused, whatever is said in it."""
     body = json.dumps({"messages": [{"role": role, "content": content} for role, content in chat]})
-    assert [(each.role, each.content) for each in decode_chat(body.encode()).messages] == chat
+    assert [(each.role, each.content) for each in decode_request(body.encode(), "id").chat.messages] == chat
 
 
 @pytest.fixture(scope="module")

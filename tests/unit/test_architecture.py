@@ -1,99 +1,115 @@
-"""Who may know whom. To change the architecture, change this table in the same commit."""
+"""Who may know whom: the sentences of the README's "Development", checked against the imports."""
 
 import ast
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "chatproxy"
-
-# From top to bottom: each module imports only from further down, and of other packages only those named.
-LAYERS = {
-    "__main__": "doctor.command server config logs | dotenv uvicorn",
-    "doctor.command": "doctor.answer doctor.survey doctor.advice doctor.visit doctor.client | anyio httpx",
-    "doctor.answer": "doctor.advice doctor.arrivals doctor.visit doctor.client |",
-    "doctor.survey": "doctor.advice doctor.visit doctor.client | httpx",
-    "doctor.visit": "doctor.advice doctor.client | httpx",
-    "doctor.client": "config | anyio httpx",
-    "doctor.arrivals": "|",
-    "doctor.advice": "| httpx",
-    "doctor.__init__": "|",
-    "server": "app connection config errors | uvicorn",
-    "app": "middleware routes limits config metrics services.demo services.grok services.streams | starlette",
-    "connection": "middleware errors schemas | uvicorn",
-    "middleware": "responses config errors logs metrics | starlette",
-    "routes": (
-        "responses openapi limits config errors metrics schemas "
-        "services.grok services.relay services.streams | starlette"
-    ),
-    "responses": "config errors interrupt metrics schemas services.relay sse | starlette",
-    "openapi": "__init__ errors schemas | msgspec",
-    "limits": "config errors |",
-    "services.grok": "services.transport config errors interrupt metrics schemas sse | httpx",
-    "services.transport": "| httpx httptools",
-    "services.streams": "services.relay errors metrics sse |",
-    "services.relay": "errors metrics schemas sse | msgspec",
-    "services.demo": "|",
-    "services.__init__": "|",
-    "interrupt": "|",
-    "schemas": "errors | msgspec",
-    "config": "| msgspec",
-    "metrics": "| prometheus_client",
-    "logs": "|",
-    "sse": "|",
-    "errors": "|",
-    "__init__": "|",
+PATHS = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
 }
 
+# From top to bottom; what stands in one line does not matter to each other here.
+LAYERS = [
+    ["__main__", "asgi"],
+    ["server", "connection", "doctor"],
+    ["app"],
+    ["middleware", "routes"],
+    ["services"],
+    ["formats"],
+    ["events", "sse", "errors", "config", "logs", "metrics", "lifecycle", "cancellation", "surrogates", "__init__"],
+]
 
-def imports(module: str) -> Iterator[str]:
-    """What it imports that is not of the standard library: ours without the package's name, others by their first."""
-    tree = ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())
-    for node in ast.walk(tree):
-        names = []
+
+def layer(module: str) -> int:
+    [number] = [number for number, names in enumerate(LAYERS) if module.partition(".")[0] in names]
+    return number
+
+
+def imports(path: Path) -> Iterator[tuple[str, str]]:
+    """The modules that are imported, and of each the names that are."""
+    for node in ast.walk(ast.parse(path.read_text())):
         match node:
             case ast.Import():
-                names = [alias.name for alias in node.names]
+                yield from ((alias.name, "") for alias in node.names)
             case ast.ImportFrom(level=level, module=origin):
                 assert level == 0, "imports are absolute"
-                # `from chatproxy import x` is a module, or a name of __init__; below it may be a module of a package.
-                whole = [f"{origin}.{alias.name}" for alias in node.names]
-                names = [
-                    name if origin == "chatproxy" or name.removeprefix("chatproxy.") in LAYERS else origin or ""
-                    for name in whole
-                ]
-        for name in names:
-            first, _, rest = name.partition(".")
-            if first == "chatproxy":
-                yield rest if rest in LAYERS else "__init__"
-            elif first not in sys.stdlib_module_names:
-                yield first
+                yield from ((origin or "", alias.name) for alias in node.names)
 
 
-@pytest.mark.parametrize("module", LAYERS)
-def test_imports(module: str) -> None:
-    """It imports what the table says, and nothing of ours that stands above it."""
-    ours, _, others = LAYERS[module].partition("|")
-    assert {*imports(module)} == {*ours.split(), *others.split()}
-    order = list(LAYERS)
-    assert all(order.index(module) < order.index(name) for name in ours.split())
+def own(path: Path) -> Iterator[str]:
+    """The modules of ours that are imported."""
+    for module, name in imports(path):
+        first, _, rest = module.partition(".")
+        if first == "chatproxy":
+            yield next(
+                found
+                for found in (f"{rest}.{name}".strip("."), rest, "__init__")
+                if found in PATHS or found == "__init__"
+            )
 
 
-def test_every_module_has_a_place() -> None:
-    """Nothing is outside of the table."""
-    paths = {".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")}
-    assert paths == set(LAYERS)
+@pytest.mark.parametrize("module", PATHS)
+def test_imports_point_down(module: str) -> None:
+    """Nobody imports what stands above it."""
+    assert [name for name in own(PATHS[module]) if layer(name) < layer(module)] == []
 
 
-def test_environment() -> None:
-    """Only the start of the process reads the environment, so that a setting has one way in."""
+def knowing(package: str) -> set[str]:
+    """Who imports that package, by the first part of the name."""
+    return {
+        module if package == "httpx" else module.partition(".")[0]
+        for module, path in PATHS.items()
+        if any(name.partition(".")[0] == package for name, _ in imports(path))
+    }
+
+
+def test_who_knows_which_package() -> None:
+    """httpx is known at Grok's side and by the doctor, Starlette where requests are served, uvicorn where it is run."""
+    assert {module.rpartition(".")[0] for module in knowing("httpx")} == {"services.grok", "doctor"}
+    assert knowing("starlette") == {"middleware", "routes", "app", "asgi"}
+    assert knowing("uvicorn") <= {"server", "connection", "__main__"}
+
+
+def test_two_sides() -> None:
+    """What clients read and what Grok says never know each other."""
+    for module, path in PATHS.items():
+        if module.startswith("formats"):
+            assert [name for name in own(path) if name.startswith("services")] == []
+        if module.startswith("services.grok"):
+            assert [name for name in own(path) if name.startswith("formats")] == []
+
+
+def test_no_private_names_of_others() -> None:
+    """Neither a module nor a name that another package does not promise is imported."""
+    private = {
+        f"{module}.{name}"
+        for path in PATHS.values()
+        for module, name in imports(path)
+        if module.partition(".")[0] not in {"chatproxy", *sys.stdlib_module_names}
+        and any(part.startswith("_") for part in (*module.split("."), name))
+    }
+    assert private == set()
+
+
+def test_size() -> None:
+    """A file is read in one go; only the transport is longer."""
+    lines = {module: len(path.read_text().splitlines()) for module, path in PATHS.items()}
+    assert {module for module, count in lines.items() if count > 300} <= {"services.grok.transport"}
+
+
+def test_environment_has_one_way_in() -> None:
+    """Only the start of the process reads the environment."""
     reading = {
-        path.name
-        for path in PACKAGE.rglob("*.py")
+        module
+        for module, path in PATHS.items()
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")
     }
-    assert reading == {"__main__.py"}
+    assert reading <= {"config.environment", "__main__"}  # the doctor's token

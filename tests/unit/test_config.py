@@ -1,12 +1,14 @@
 """Settings come from the environment and `.env`; whatever is wrong with them is told at once, and no secret is."""
 
 import asyncio
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import msgspec
 import pytest
+import trustme
 
 from chatproxy.config import Invalid, RateLimit, Settings, load
 from chatproxy.server import Server, listen
@@ -19,8 +21,13 @@ DEFAULTS = {
     "grok_base_url": "https://api.x.ai/v1",
     "grok_reasoning_effort": None,
     "grok_retries": 2,
-    "grok_transport": "auto",
+    "grok_api": "chat",
+    "grok_tools": (),
+    "max_tool_calls": 10,
+    "grok_transport": "fast",
     "system_prompt": None,
+    "ssl_cert_file": None,
+    "ssl_cert_dir": None,
     "host": "0.0.0.0",  # noqa: S104 -- a container's
     "port": 8000,
     "root_path": "",
@@ -48,6 +55,8 @@ DEFAULTS = {
     "replay_bytes": 4_000_000,
     "replay_total_bytes": 64_000_000,
     "try_page": True,
+    "proxy": None,
+    "warnings": (),
 }
 
 
@@ -65,11 +74,17 @@ def test_defaults() -> None:
         ("GROK_API_KEY", f" {KEY}\n", KEY),
         ("GROK_MODEL", "grok-5", "grok-5"),
         ("GROK_BASE_URL", "http://localhost:1/v1/", "http://localhost:1/v1"),
+        ("GROK_BASE_URL", "https://eu-west-1.api.x.ai/v1", "https://eu-west-1.api.x.ai/v1"),
+        ("GROK_BASE_URL", "https://gateway.example/chat", "https://gateway.example/chat"),
         ("GROK_REASONING_EFFORT", "low", "low"),
         ("GROK_RETRIES", "0", 0),
+        ("GROK_API", "Responses", "responses"),
+        ("MAX_TOOL_CALLS", "1", 1),
         ("GROK_TRANSPORT", "HTTPX", "httpx"),
         ("SYSTEM_PROMPT", "Be brief.\nBe kind.", "Be brief.\nBe kind."),
         ("HOST", "::1", "::1"),
+        ("HOST", "fe80::1%lo", "fe80::1%lo"),
+        ("HOST", "chat-1.example.com", "chat-1.example.com"),
         ("PORT", "0", 0),
         ("PORT", "65535", 65535),
         ("ROOT_PATH", "/grok/", "/grok"),
@@ -83,6 +98,14 @@ def test_defaults() -> None:
             ("https://a.example.com", "http://localhost:3000", "https://b.example", "http://[::1]"),
         ),
         ("ALLOWED_ORIGINS", "*", ("*",)),
+        (
+            "ALLOWED_ORIGINS",
+            "capacitor://localhost,Tauri://localhost/,chrome-extension://abcdefgh,app://obsidian.md,ionic://localhost:80",
+            (
+                *("capacitor://localhost", "tauri://localhost", "chrome-extension://abcdefgh", "app://obsidian.md"),
+                "ionic://localhost:80",
+            ),
+        ),
         ("ALLOWED_HOSTS", "Chat.example.com, .example.org,gpu_box", ("chat.example.com", ".example.org", "gpu_box")),
         ("ALLOWED_HOSTS", "*", ("*",)),
         ("ACCESS_TOKENS", "0123456789abcdef, fedcba9876543210==", ("0123456789abcdef", "fedcba9876543210==")),
@@ -103,6 +126,10 @@ def test_defaults() -> None:
         ("WRITE_TIMEOUT", "7", 7.0),
         ("STATUS_HOLD", "0.001", 0.001),
         ("KEEP_ALIVE", "14.5", 14.5),
+        ("KEEP_ALIVE", ".5", 0.5),
+        ("DRAIN_TIMEOUT", ".25", 0.25),
+        ("SYSTEM_PROMPT", '"Quoted" on purpose', '"Quoted" on purpose'),
+        ("SYSTEM_PROMPT", '"', '"'),
         ("DRAIN_TIMEOUT", "0", 0.0),
         ("RESUME_WINDOW", "1", 1.0),
         ("REPLAY_TTL", "1", 1.0),
@@ -116,7 +143,40 @@ def test_values(variable: str, text: str, value: object) -> None:
     """Each variable is read as what it is, and changes nothing else."""
     settings = load({variable: text})
     assert getattr(settings, variable.lower()) == value
-    assert msgspec.structs.asdict(settings) == {**DEFAULTS, variable.lower(): value}
+    others = {**msgspec.structs.asdict(settings), "warnings": DEFAULTS["warnings"]}
+    assert others == {**DEFAULTS, variable.lower(): value}
+
+
+QUOTED = "is in quotes; leave them out"
+HOST = "expected an address such as 127.0.0.1 or ::, or a host name, without port"
+VERSION = "expected an address that ends in the version of the API, such as https://api.x.ai/v1"
+ENDPOINT = "expected the address without"
+ADDED = ", which is added to it"
+TOOLS = "expected web_search, x_search or both, separated by a comma"
+
+
+@pytest.mark.parametrize("api", ["", "chat", "RESPONSES"])
+@pytest.mark.parametrize(
+    ("text", "tools"),
+    [
+        ("web_search", ("web_search",)),
+        (" X_Search , web_search,x_search,", ("x_search", "web_search")),
+        ("web_search x_search", None),
+        ("web_search, shell", None),
+    ],
+)
+def test_tools(api: str, text: str, tools: tuple[str, ...] | None) -> None:
+    """Searches are allowed by name, and only with the API that has them."""
+    variables = {"GROK_API": api, "GROK_TOOLS": text}
+    if tools and api == "RESPONSES":
+        assert load(variables).grok_tools == tools
+        return
+    with pytest.raises(Invalid) as caught:
+        load(variables)
+    if tools:
+        assert str(caught.value) == "GROK_TOOLS: expected only with GROK_API=responses, for the other API has no tools"
+    else:
+        assert str(caught.value) == f"GROK_TOOLS: {TOOLS}, not '{text}'"
 
 
 ORIGINS = "expected origins such as https://example.com, separated by commas"
@@ -134,11 +194,15 @@ TOKENS = "expected tokens of 16 or more letters, digits and ._~+/- separated by 
         ("PORT", "65536", "expected int <= 65535, not '65536'"),
         ("PORT", "-1", "expected int >= 0, not '-1'"),
         ("GROK_RETRIES", "-1", "expected int >= 0, not '-1'"),
+        ("GROK_API", "grpc", "expected chat or responses, not 'grpc'"),
+        ("MAX_TOOL_CALLS", "0", "expected int >= 1, not '0'"),
         ("MAX_STREAMS", "0", "expected int >= 1, not '0'"),
         ("MAX_STREAMS", "1.5", "expected int, not '1.5'"),
         ("MAX_STREAMS_PER_CLIENT", "0", "expected int >= 1, not '0'"),
         ("MAX_BODY_BYTES", "1MB", "expected int, not '1MB'"),
         ("KEEP_ALIVE", "0", "expected float > 0.0, not '0'"),
+        ("KEEP_ALIVE", "-.5", "expected float > 0.0, not '-.5'"),
+        ("KEEP_ALIVE", ".", "expected float, not '.'"),
         ("KEEP_ALIVE", "nan", "expected float > 0.0, not 'nan'"),
         ("IDLE_TIMEOUT", "inf", "expected float <= 31536000.0, not 'inf'"),
         ("IDLE_TIMEOUT", "15s", "expected float, not '15s'"),
@@ -146,17 +210,29 @@ TOKENS = "expected tokens of 16 or more letters, digits and ._~+/- separated by 
         ("TRY_PAGE", "maybe", "expected bool, not 'maybe'"),
         ("LOG_LEVEL", "loud", "expected debug or info or warning or error, not 'loud'"),
         ("LOG_FORMAT", "xml", "expected text or json, not 'xml'"),
-        ("GROK_TRANSPORT", "curl", "expected auto or own or httpx, not 'curl'"),
+        ("GROK_TRANSPORT", "auto", "expected fast or httpx, not 'auto'"),
+        ("HOST", "[::]", f"{HOST}, not '[::]'"),
+        ("HOST", "localhost:8000", f"{HOST}, not 'localhost:8000'"),
+        ("HOST", "a\0b", f"{HOST}, not 'a\\x00b'"),
+        ("HOST", "a" * 64, f"{HOST}, not '{'a' * 64}'"),
         ("ROOT_PATH", "grok", "expected a path such as /grok, not 'grok'"),
         ("ALLOWED_ORIGINS", "example.com", f"{ORIGINS}, not 'example.com'"),
         ("ALLOWED_ORIGINS", "https://a.example/app", f"{ORIGINS}, not 'https://a.example/app'"),
         ("ALLOWED_ORIGINS", "https://a.example?x", f"{ORIGINS}, not 'https://a.example?x'"),
         ("ALLOWED_ORIGINS", "https://u@a.example", f"{ORIGINS}, not 'https://u@a.example'"),
-        ("ALLOWED_ORIGINS", "ftp://a.example", f"{ORIGINS}, not 'ftp://a.example'"),
+        ("ALLOWED_ORIGINS", "https://a.ex\tample", f"{ORIGINS}, not 'https://a.ex\\tample'"),
+        ("ALLOWED_ORIGINS", "capacitor:localhost", f"{ORIGINS}, not 'capacitor:localhost'"),
+        ("ALLOWED_ORIGINS", "localhost:3000", f"{ORIGINS}, not 'localhost:3000'"),
+        ("ALLOWED_ORIGINS", "app://obsidian.md/index", f"{ORIGINS}, not 'app://obsidian.md/index'"),
+        ("ALLOWED_ORIGINS", "file:///index.html", f"{ORIGINS}, not 'file:///index.html'"),
         ("ALLOWED_ORIGINS", "https://*.a.example", f"{ORIGINS}, not 'https://*.a.example'"),
         ("ALLOWED_ORIGINS", "https://b\u00fccher.example", f"{ORIGINS}, not 'https://b\u00fccher.example'"),
         ("ALLOWED_ORIGINS", "null", f"{ORIGINS}, not 'null'"),
-        ("ALLOWED_ORIGINS", "https://a:x", "port could not be cast to integer value as 'x', not 'https://a:x'"),
+        ("ALLOWED_ORIGINS", "https://a:x", f"{ORIGINS}, not 'https://a:x'"),
+        ("ALLOWED_ORIGINS", "https://a:0", f"{ORIGINS}, not 'https://a:0'"),
+        ("ALLOWED_ORIGINS", "https://[::1", f"{ORIGINS}, not 'https://[::1'"),
+        ("ALLOWED_ORIGINS", "https://a.example?", f"{ORIGINS}, not 'https://a.example?'"),
+        ("ALLOWED_ORIGINS", "https://a.example/#", f"{ORIGINS}, not 'https://a.example/#'"),
         ("ALLOWED_HOSTS", "a.example:80", f"{HOSTS}, not 'a.example:80'"),
         ("ALLOWED_HOSTS", "*.a.example", f"{HOSTS}, not '*.a.example'"),
         ("RATE_LIMIT", "20", f"{RATE}, not '20'"),
@@ -168,7 +244,31 @@ TOKENS = "expected tokens of 16 or more letters, digits and ._~+/- separated by 
         ("GROK_BASE_URL", "https://user:canary@api.x.ai/v1", ADDRESS),
         ("GROK_BASE_URL", "https://api.x.ai/v1?key=canary", ADDRESS),
         ("GROK_BASE_URL", "https://api.x.ai/v1 canary", ADDRESS),
-        ("GROK_BASE_URL", "http://api.x.ai:99999/canary", "port out of range 0-65535"),
+        ("GROK_BASE_URL", "http://api.x.ai:99999/canary", ADDRESS),
+        ("GROK_BASE_URL", "https://user:canary/2@api.x.ai/v1", ADDRESS),
+        ("GROK_BASE_URL", "https://\u2100:canary@api.x.ai/v1", ADDRESS),
+        ("GROK_BASE_URL", "https://api.x.ai:0/v1", ADDRESS),
+        ("GROK_BASE_URL", "https://api.x.ai/v1#", ADDRESS),
+        ("GROK_BASE_URL", 'https://gateway/canary"', QUOTED),
+        ("GROK_BASE_URL", "ftp://api.x.ai/v1", ADDRESS),
+        ("GROK_BASE_URL", "https://api.x.ai", VERSION),
+        ("GROK_BASE_URL", "https://us-east-1.api.x.ai/canary/", VERSION),
+        ("GROK_BASE_URL", "https://api.x.ai/v1/chat", VERSION),
+        ("GROK_BASE_URL", "https://api.x.ai/v1/Chat/Completions", f"{ENDPOINT} /Chat/Completions{ADDED}"),
+        ("GROK_BASE_URL", "https://api.x.ai/v1/chat/completions", f"{ENDPOINT} /chat/completions{ADDED}"),
+        ("GROK_BASE_URL", "http://gateway/canary/responses/", f"{ENDPOINT} /responses{ADDED}"),
+        ("GROK_BASE_URL", "http://gateway/models", f"{ENDPOINT} /models{ADDED}"),
+        ("GROK_API_KEY", '"canary"', QUOTED),
+        ("GROK_API_KEY", "canary\u201d", QUOTED),
+        ("XAI_API_KEY", "'canary'", QUOTED),
+        ("GROK_API_KEY_FILE", '"/canary"', QUOTED),
+        ("GROK_MODEL", '"grok-4.3"', f"{QUOTED}, not '\"grok-4.3\"'"),
+        ("GROK_MODEL", "grok-4.3'", f'{QUOTED}, not "grok-4.3\'"'),
+        ("GROK_MODEL", "grok-4.3 # the best", "expected a name without spaces, not 'grok-4.3 # the best'"),
+        ("GROK_REASONING_EFFORT", "'low'", f"{QUOTED}, not \"'low'\""),
+        ("PORT", '"8000"', f"{QUOTED}, not '\"8000\"'"),
+        ("LOG_LEVEL", "'info'", f"{QUOTED}, not \"'info'\""),
+        ("ACCESS_TOKENS", '"canary-canary-canary"', QUOTED),
         ("GROK_API_KEY", "xai canary", "expected visible ASCII characters without spaces"),
         ("GROK_API_KEY", "canary\u00e9", "expected visible ASCII characters without spaces"),
         ("ACCESS_TOKENS", "canary", TOKENS),
@@ -218,18 +318,152 @@ def test_names_of_the_key(tmp_path: Path) -> None:
 
 
 def test_files_of_the_key(tmp_path: Path) -> None:
-    """An empty file is no key; one that cannot be read, or is no text, is a mistake."""
+    """A file of the key that holds none, cannot be read, or is no text, is a mistake, and never starts the demo."""
     (tmp_path / "empty").write_text(" \n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    assert load({"GROK_API_KEY_FILE": str(tmp_path / "empty")}).grok_api_key is None
-    for name, reason in {
-        "missing": "FileNotFoundError",
-        "binary": "UnicodeDecodeError",
-        "": "IsADirectoryError",
+    (tmp_path / "quoted").write_text('"canary"\n')
+    (tmp_path / "lines").write_text("canary\ncanary\n")
+    (tmp_path / "notepad").write_text(f"\ufeff{KEY}\r\n", encoding="utf-8")
+    for path, problem in {
+        tmp_path / "empty": "holds no key",
+        Path("/dev/null"): "holds no key",
+        Path("/dev/zero"): "expected visible ASCII characters without spaces",
+        tmp_path / "quoted": QUOTED,
+        tmp_path / "lines": "expected visible ASCII characters without spaces",
+        tmp_path / "missing": "cannot be read (FileNotFoundError)",
+        tmp_path / "binary": "cannot be read (UnicodeDecodeError)",
+        tmp_path: "cannot be read (IsADirectoryError)",
+        tmp_path / "\0": "cannot be read (ValueError)",
     }.items():
+        for others in ({}, {"GROK_API_KEY": KEY}):
+            with pytest.raises(Invalid) as problems:
+                load({"GROK_API_KEY_FILE": str(path), **others})
+            assert str(problems.value) == f"GROK_API_KEY_FILE: {problem}"
+    assert load({"GROK_API_KEY_FILE": str(tmp_path / "notepad")}).grok_api_key == KEY
+    assert load({"GROK_API_KEY_FILE": ""}).grok_api_key is None  # as compose sets it where there is no such file
+
+
+AUTHORITY = trustme.CA()
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Path:
+    """A file with one certificate."""
+    AUTHORITY.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    return tmp_path / "ca.pem"
+
+
+def test_certificates(tmp_path: Path, authority: Path) -> None:
+    """Certificates to trust come as a file or as directories, of which not each needs to exist."""
+    hashed = tmp_path / "hashed"
+    hashed.mkdir()
+    (hashed / "0a1b2c3d.0").write_bytes(authority.read_bytes())
+    for variable, value in {"SSL_CERT_FILE": str(authority), "SSL_CERT_DIR": f"/nowhere:{hashed}"}.items():
+        assert getattr(load({variable: value, "GROK_API_KEY": KEY}), variable.lower()) == value
+
+
+def test_certificates_that_cannot_be_used(tmp_path: Path) -> None:
+    """A file or directory without certificates is a wrong value; the demo needs none and does not look."""
+    (tmp_path / "empty").touch()
+    (tmp_path / "key.pem").write_bytes(AUTHORITY.private_key_pem.bytes())
+    file = "SSL_CERT_FILE: expected a readable file of certificates in PEM format"
+    directory = "SSL_CERT_DIR: expected a directory of certificates, prepared by `openssl rehash`".replace("`", "")
+    for problem, path in [
+        *((file, path) for path in (tmp_path, tmp_path / "missing", tmp_path / "empty", tmp_path / "key.pem", "a\0")),
+        *((directory, path) for path in (tmp_path, tmp_path / "missing", tmp_path / "empty", "a\0")),
+    ]:
+        variables = {problem.partition(":")[0]: str(path)}
         with pytest.raises(Invalid) as problems:
-            load({"GROK_API_KEY_FILE": str(tmp_path / name)})
-        assert str(problems.value) == f"GROK_API_KEY_FILE: cannot be read ({reason})"
+            load({**variables, "GROK_API_KEY": KEY})
+        assert str(problems.value) == f"{problem}, not {str(path)!r}"
+        assert load(variables) == Settings()
+
+
+def test_key_log(tmp_path: Path) -> None:
+    """SSLKEYLOGFILE, which Python itself opens for each SSL context, must not fail later."""
+    assert load({"GROK_API_KEY": KEY, "SSLKEYLOGFILE": str(tmp_path / "log")}).grok_api_key == KEY
+    with pytest.raises(Invalid) as problems:
+        load({"GROK_API_KEY": KEY, "SSLKEYLOGFILE": str(tmp_path)})
+    assert str(problems.value) == "SSLKEYLOGFILE: cannot be written (IsADirectoryError)"
+
+
+@pytest.mark.parametrize(
+    ("url", "warned"),
+    [
+        ("http://gateway:8080/v1", True),
+        ("http://192.0.2.1/v1", True),
+        ("http://localhost.example/v1", True),
+        ("https://gateway:8080/v1", False),
+        ("http://localhost:8080/v1", False),
+        ("http://grok.localhost/v1", False),
+        ("http://127.0.0.2:1/v1", False),
+        ("http://[::1]:1/v1", False),
+    ],
+)
+def test_key_in_clear(url: str, warned: bool) -> None:
+    """Whoever sends the key to another machine without TLS is warned."""
+    warning = "GROK_BASE_URL is http:// to another machine: the API key can be read on the way"
+    assert load({"GROK_BASE_URL": url, "GROK_API_KEY": KEY}).warnings == ((warning,) if warned else ())
+    assert load({"GROK_BASE_URL": url}).warnings == ()
+
+
+# What shells, desktops, container platforms and CI set.
+USUAL = re.findall(
+    r"\S+",
+    """
+HOME HOSTNAME LOGNAME LANG LC_ALL PATH PWD OLDPWD SHELL SHLVL TERM TZ USER DISPLAY EDITOR PAGER TMPDIR MAIL _
+SSH_AUTH_SOCK SSH_CONNECTION XDG_RUNTIME_DIR XDG_SESSION_ID DBUS_SESSION_BUS_ADDRESS GIT_SSL_CAINFO FTP_PROXY
+RSYNC_PROXY PYTHONPATH PYTHONUNBUFFERED PYTHON_VERSION GPG_KEY VIRTUAL_ENV PIP_INDEX_URL NIX_SSL_CERT_FILE
+REQUESTS_CA_BUNDLE CURL_CA_BUNDLE NODE_EXTRA_CA_CERTS NODE_ENV DEBUG CI GITHUB_TOKEN GITHUB_ACTIONS OPENAI_API_KEY
+ANTHROPIC_API_KEY GROQ_API_KEY GROQ_BASE_URL GEMINI_API_KEY AWS_REGION AWS_ACCESS_KEY_ID KUBERNETES_SERVICE_HOST
+KUBERNETES_PORT_443_TCP_ADDR REDIS_URL REDIS_PORT GROK_SERVICE_HOST GROK_SERVICE_PORT GROK_PORT GROK_PORT_80_TCP
+GROK_PORT_80_TCP_PROTO CHATPROXY_PORT BIND_ADDRESS SITE_ADDRESS SITE_BIND_ADDRESS NETWORK UPSTREAM COMPOSE_PROFILES
+XAI_RECORDINGS REQUIRE_ALL HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY http_proxy https_proxy all_proxy no_proxy host
+port
+""",
+)
+
+
+def test_usual_variables() -> None:
+    """What others set in the environment is no reason for a warning."""
+    assert load(dict.fromkeys(USUAL, "")).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "likely"),
+    [
+        ("GROK_API_KEYS", "GROK_API_KEY"),
+        ("ALLOWED_ORIGIN", "ALLOWED_ORIGINS"),
+        ("MAX_STREAM", "MAX_STREAMS"),
+        ("ACCESS_TOKEN", "ACCESS_TOKENS"),
+        ("RATELIMIT", "RATE_LIMIT"),
+        ("XAI_APIKEY", "GROK_API_KEY"),
+        ("XAI_API_KEY_FILE", "GROK_API_KEY_FILE"),
+        ("XAI_BASE_URL", "GROK_BASE_URL"),
+        ("GROK_URL", "GROK_BASE_URL"),
+        ("GROK_TIMEOUT", None),
+        ("allowed_hosts", "ALLOWED_HOSTS"),
+        ("HTTPS_PROXYS", "HTTPS_PROXY"),
+        ("GROK_VOICE", None),
+    ],
+)
+def test_misspelt_variables(name: str, likely: str | None) -> None:
+    """A name that is almost a setting's is told, with that setting if it is not set, and without any value."""
+    warning = f"{name} is not a setting and counts for nothing"
+    assert load({name: "canary"}).warnings == (f"{warning}: is {likely} meant?" if likely else warning,)
+    if likely == "MAX_STREAMS":
+        assert load({name: "1", likely: "1"}).warnings == ()
+
+
+def test_quotes_around_the_prompt() -> None:
+    """Quotes around the whole system prompt are allowed, since some mean them, but told."""
+    assert load({"SYSTEM_PROMPT": '"Quoted" on purpose'}).warnings == ()
+    for prompt in ('"canary"', "'canary'", "\u201ccanary\u201d"):
+        settings = load({"SYSTEM_PROMPT": prompt})
+        assert settings.system_prompt == prompt
+        assert settings.warnings == (
+            "SYSTEM_PROMPT is in quotes, and Grok is sent them: Docker's --env-file takes them literally",
+        )
 
 
 def test_secrets_have_no_repr() -> None:
@@ -261,10 +495,11 @@ def run(cwd: Path, **variables: str) -> "subprocess.CompletedProcess[str]":
 
 def test_exit_code(tmp_path: Path) -> None:
     """Wrong settings, from the environment or `.env`, end the process with code 2 before it does anything."""
-    (tmp_path / ".env").write_text("KEEP_ALIVE=never\nHOST=127.0.0.1\n")
+    (tmp_path / ".env").write_text("KEEP_ALIVE=never\nHOST=127.0.0.1\n\n# tokens\nACCESS_TOKENS='a canary\n")
     ended = run(tmp_path, PYTHONPATH=str(ROOT), PORT="x", GROK_API_KEY="a canary")
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.splitlines() == [
+        ".env: line 5 cannot be read: expected NAME=value, with every quote closed",
         "GROK_API_KEY: expected visible ASCII characters without spaces",
         "PORT: expected int, not 'x'",
         "KEEP_ALIVE: expected float, not 'never'",
@@ -307,7 +542,7 @@ def test_start_that_fails() -> None:
 async def test_env_file(tmp_path: Path) -> None:
     """`.env` is read as it stands; a real variable overrides it, and an empty one hides it."""
     (tmp_path / ".env").write_text(
-        "# comment\nGROK_MODEL='from $HOME'\nSYSTEM_PROMPT=from the file\nGROK_REASONING_EFFORT=low\nXAI_API_KEY\n"
+        "# comment\nGROK_MODEL='from-$HOME'\nSYSTEM_PROMPT=from the file\nGROK_REASONING_EFFORT=low\nEDITOR\n"
     )
     async with (
         Upstream() as grok,
@@ -315,7 +550,7 @@ async def test_env_file(tmp_path: Path) -> None:
     ):
         assert (await service.ask()).status_code == 200
         sent = grok.calls[0].body
-    assert sent["model"] == "from $HOME"
+    assert sent["model"] == "from-$HOME"
     assert sent["messages"][0] == {"role": "system", "content": "real"}
     assert "reasoning_effort" not in sent
 

@@ -1,4 +1,4 @@
-"""Which events a caller gets for Grok's chunks, and how every answer ends: no network, no clock."""
+"""Which events a client gets for Grok's chunks, and how every answer ends: no network, no clock."""
 
 import json
 from collections.abc import AsyncIterator
@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 
 from chatproxy import errors, sse
-from chatproxy.schemas import Chunk, Usage, decode_chunk
-from chatproxy.services.relay import Report, relay
+from chatproxy.events import Event as Received
+from chatproxy.events import Finished, StreamSummary, Usage
+from chatproxy.formats.plain import Plain
+from chatproxy.services.grok.chat_completions import Decoder
+from chatproxy.services.relay import encode, relay
 from tests.readers import DONE, Event, standard
-from tests.upstream import USAGE, chunk
+from tests.upstream import USAGE, chunk, frame
 
 pytestmark = pytest.mark.anyio
 
@@ -24,19 +27,28 @@ class Grok:
     def __init__(
         self, reads: list[Read], fails: errors.ChatError | None = None, refuses: errors.ChatError | None = None
     ) -> None:
-        self.done = False
+        self.decoder = Decoder()
+        self.ended = False
         self.open = 0
         self._reads = reads
         self._fails = fails
         self._refuses = refuses
 
-    def __aiter__(self) -> AsyncIterator[list[Chunk]]:
-        return self._chunks()
+    @property
+    def complete(self) -> bool:
+        return self.decoder.complete or self.ended
 
-    async def _chunks(self) -> AsyncIterator[list[Chunk]]:
+    @property
+    def finished(self) -> Finished:
+        return self.decoder.finished
+
+    def __aiter__(self) -> AsyncIterator[list[Received]]:
+        return self._events()
+
+    async def _events(self) -> AsyncIterator[list[Received]]:
         for number, read in enumerate(self._reads, 1):
-            self.done = number == len(self._reads) and self._fails is None
-            yield [decode_chunk(json.dumps(item).encode()) for item in read]
+            self.ended = number == len(self._reads) and self._fails is None
+            yield self.decoder.feed(b"".join(map(frame, read)))
         assert self._fails is not None
         raise self._fails
 
@@ -51,10 +63,11 @@ class Grok:
             self.open -= 1
 
 
-async def steps(grok: Grok, *include: str, report: Report | None = None) -> list[list[Event]]:
+async def steps(grok: Grok, *include: Any, summary: StreamSummary | None = None) -> list[list[Event]]:
     """What is written after each read. Only the last is the last, and then Grok is let go."""
-    report = report or Report("id")
-    taken = [step async for step in relay(grok.answer(), report, include)]
+    summary = summary or StreamSummary("id")
+    batches = relay(grok.answer(), summary)
+    taken = [step async for step in encode(batches, Plain("id", include).encode, summary)]
     assert [last for _, last in taken] == [False] * (len(taken) - 1) + [True]
     assert grok.open == 0
     return [standard(b"".join(frames)) for frames, _ in taken]
@@ -115,7 +128,7 @@ async def test_optional_events() -> None:
     [first, [b, finish, end]] = await steps(Grok(reads), "finish")
     assert (first, b, end) == ([Event("a")], Event("b"), END)
     assert finish.type == "finish"
-    assert json.loads(finish.data) == {"finish_reason": "length", "model": "grok-5", "usage": USAGE}
+    assert json.loads(finish.data) == {"finish_reason": "length", "model": "grok-5", "usage": USAGE, "api": "chat"}
 
 
 CUT = errors.UpstreamCutOff()
@@ -145,18 +158,21 @@ async def test_one_end(
     reads: list[Read], fails: errors.ChatError | None, end: str | None, include: tuple[str, ...]
 ) -> None:
     """Every answer ends once: with the done marker if Grok finished and there was text, else with the error."""
-    report = Report("id")
-    events = [event for step in await steps(Grok(reads, fails), *include, report=report) for event in step]
+    summary = StreamSummary("id")
+    ends: list[StreamSummary] = []
+    summary.on_end.append(ends.append)
+    events = [event for step in await steps(Grok(reads, fails), *include, summary=summary) for event in step]
+    assert ends == [summary]
     *others, last = events
     assert {event.type for event in others} <= {"message", "reasoning", "finish"}
     assert END not in others
     if end is None:
         assert last == END
-        assert (report.end, report.code) == ("done", None)
+        assert (summary.end, summary.code) == ("done", None)
     else:
         assert code(last) == end
         assert json.loads(last.data)["error"]["request_id"] == "id"
-        assert (report.end, report.code) == ("failed", end)
+        assert (summary.end, summary.code) == ("failed", end)
     # The finish is told before an error too, if Grok had told it.
     told = STOP in reads or COUNTS in reads or end is None
     assert [event.type for event in others].count("finish") == ("finish" in include and told)
@@ -173,12 +189,13 @@ async def test_leaving() -> None:
     """Who stops reading lets Grok go, at the first step or later."""
     for taken in (1, 2):
         grok = Grok([text("a"), text("b"), text("c")])
-        frames = relay(grok.answer(), Report("id"))
+        summary = StreamSummary("id")
+        batches = relay(grok.answer(), summary)
         for _ in range(taken):
-            await anext(frames)
+            await anext(batches)
         assert grok.open == 1
-        await frames.aclose()
-        assert grok.open == 0
+        await batches.aclose()
+        assert (grok.open, summary.end, summary.finished.model) == (0, "left", "grok-4.3")
 
 
 async def test_own_framing() -> None:
@@ -191,17 +208,19 @@ async def test_own_framing() -> None:
             return sse.encode(data, kind, f"x-{len(asked)}")
 
         grok = Grok([[chunk({"reasoning_content": "hm", "content": "a"})], COUNTS], fails)
-        written = [step async for step in relay(grok.answer(), Report("id"), ["reasoning", "finish"], frame)]
+        format = Plain("id", ["reasoning", "finish"], frame)
+        summary = StreamSummary("id")
+        written = [step async for step in encode(relay(grok.answer(), summary), format.encode, summary)]
         ids = [event.id for frames, _ in written for event in standard(b"".join(frames))]
         assert ids == ["x-1", "x-2", "x-3", "x-4"]
         assert [kind for _, kind in asked] == ["reasoning", None, "finish", "error" if fails else None]
 
 
-async def test_report() -> None:
+async def test_summary() -> None:
     """Counts, model and tokens are noted for the log, and nothing that was said."""
-    report = Report("id")
-    await steps(Grok([text("canary", ""), [chunk({"content": "\r"}), *COUNTS], STOP]), report=report)
-    fields = report.fields()
+    summary = StreamSummary("id")
+    await steps(Grok([text("canary", ""), [chunk({"content": "\r"}), *COUNTS], STOP]), summary=summary)
+    fields = summary.fields()
     assert fields.pop("first_token_ms") is not None
     assert fields == {
         "end": "done",
@@ -211,16 +230,16 @@ async def test_report() -> None:
         "prompt_tokens": 12,
         "completion_tokens": 3,
         "reasoning_tokens": 5,
+        "tool_calls": None,
     }
-    assert "canary" not in repr([getattr(report, name) for name in Report.__slots__])
+    assert "canary" not in repr([getattr(summary, name) for name in StreamSummary.__slots__])
 
 
 @pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": None}, {"prompt_tokens": "many"}, [], "x", 5])
 async def test_odd_usage(usage: object) -> None:
     """Usage of another shape is passed on as it came, and not counted."""
-    report = Report("id")
-    [*_, [finish, end]] = await steps(Grok([text("a"), [chunk(None, usage=usage)]]), "finish", report=report)
+    summary = StreamSummary("id")
+    [*_, [finish, end]] = await steps(Grok([text("a"), [chunk(None, usage=usage)]]), "finish", summary=summary)
     assert end == END
     assert json.loads(finish.data)["usage"] == usage
-    assert report.tokens() == {"prompt_tokens": None, "completion_tokens": None, "reasoning_tokens": None}
-    assert report.usage in (None, Usage())
+    assert summary.finished.counts == Usage()

@@ -181,5 +181,5 @@ def test_encode_is_read_back(text: str) -> None:
 )
 def test_text(deltas: list[str], events: list[list[str]]) -> None:
     """Deltas become events: line breaks are LF, and a line that looks like the end marker is cut in two."""
-    text = sse.Text()
+    text = sse.DeltaSplitter()
     assert [text.feed(delta) for delta in deltas] == events

@@ -93,26 +93,47 @@ ENDS: dict[str, Steps] = {
 }
 
 
-async def test_bodies_that_never_end(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_bodies_that_never_end() -> None:
     """Together they take no more than their share of memory; small ones are read all the same."""
-    monkeypatch.setattr("chatproxy.routes.MAX_BODIES_BYTES", 250_000)
-    async with Upstream() as grok, serving(grok.url) as service:
-        large = {"messages": [{"role": "user", "content": "a" * 100_000}]}
-        async with AsyncExitStack() as stack:
-            for size in (100_000, 100_000, 60_000):
-                caller = await stack.enter_async_context(service.caller())
-                await caller.post(b"a" * size, Content_Length=str(size + 1), Expect="100-continue")
-                assert (await caller.head())[0] == 100
-            refused = await service.client.post("/api/chat", json=large)
-            assert (refused.status_code, refusal(refused)["code"]) == (503, "busy")
-            assert int(refused.headers["Retry-After"]) > 0
-            assert answer((await service.ask()).content) == "Hello, world"
-            await caller.send(b"a")
-            assert (await caller.head())[0] == 400  # the small one was read to its end, and is no JSON
+    large = {"messages": [{"role": "user", "content": "a" * 100_000}]}
+    async with Upstream() as grok, serving(grok.url) as service, AsyncExitStack() as stack:
+        for _ in range(48):  # of 48 million bytes that large ones may take
+            client = await stack.enter_async_context(service.caller())
+            await client.post(b"a" * 999_000, Content_Length="999001", Expect="100-continue")
+            assert (await client.head())[0] == 100
+        status = 200
+        async with asyncio.timeout(10):
+            while status == 200:  # what was sent may still be on its way
+                refused = await service.client.post("/api/chat", json=large)
+                status = refused.status_code
+        assert (status, refusal(refused)["code"]) == (503, "busy")
+        assert int(refused.headers["Retry-After"]) > 0
+        assert answer((await service.ask()).content) == "Hello, world"
+        await stack.aclose()
+        async with asyncio.timeout(10):
+            while status == 503:
+                status = (await service.client.post("/api/chat", json=large)).status_code
+        assert status == 200
+
+
+async def test_chats_that_wait() -> None:
+    """A conversation counts until Grok's first chunk, also once its client has a status."""
+    waiting = {"messages": [{"role": "user", "content": "a" * 990_000}]}
+    gate = Gate()
+    changes = {"status_hold": 0.05}
+    async with Upstream(stream(gate, "a")) as grok, serving(grok.url, **changes) as service, AsyncExitStack() as stack:
+        for number in range(48):
+            client = await stack.enter_async_context(service.caller())
+            await client.post(waiting)
+            await grok.call(number)
+        refused = await service.client.post("/api/chat", json=waiting)
+        assert (refused.status_code, refusal(refused)["code"]) == (503, "busy")
+        gate.open()
+        await client.until(b"[DONE]")
         status = 503
         async with asyncio.timeout(5):
             while status == 503:
-                status = (await service.client.post("/api/chat", json=large)).status_code
+                status = (await service.client.post("/api/chat", json=waiting)).status_code
         assert status == 200
 
 
@@ -133,6 +154,20 @@ async def test_places_are_freed(resumable: bool) -> None:
             await grok.until(lambda: grok.playing == 0)
         grok.play()
         assert (await service.ask(resumable=resumable)).status_code == 200
+
+
+@pytest.mark.parametrize("resumable", [False, True], ids=["plain", "resumable"])
+async def test_place_is_free_at_the_end_marker(resumable: bool) -> None:
+    """Whoever has read `[DONE]` may ask again, also while Grok takes its time to end the body."""
+    async with (
+        Upstream([*stream("a")[:-1], 0.8, b"0\r\n\r\n"]) as grok,
+        serving(grok.url, max_streams=1, max_streams_per_client=1) as service,
+    ):
+        for _ in range(3):
+            async with service.asking(resumable=resumable) as live:
+                while (event := await live.event()).data != "[DONE]":
+                    assert event.type == "message"
+        assert len(grok.calls) == 3
 
 
 # Memory.

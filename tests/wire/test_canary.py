@@ -10,10 +10,15 @@ from pathlib import Path
 import httpx
 import pytest
 
-from chatproxy import logs, schemas
+from chatproxy import logs
 from chatproxy.config import load
+from chatproxy.events import TextDelta
+from chatproxy.formats.plain import decode_request
+from chatproxy.services.grok import chat_completions, failures
+from tests import responses
 from tests.conftest import Service, environment, serving, spawned
 from tests.readers import standard
+from tests.responses import CREATED
 from tests.upstream import CLOSE, HANG, RESET, Script, Upstream, chunk, error, frame, sse, stream
 
 pytestmark = pytest.mark.anyio
@@ -51,14 +56,36 @@ SCRIPTS: list[Script] = [
 ]
 
 
-async def every_way(service: Service) -> list[httpx.Response]:
+NOTE = responses.source(f"https://canary.example/{ANSWER}", ANSWER)
+FOUND = [*responses.searched(0, ANSWER), *responses.message(1, ANSWER), responses.cited(1, NOTE)]
+REFUSAL = {"code": ANSWER, "message": QUOTES}
+
+# The same on the Responses API, where there are searches and sources as well.
+RESPONSES: list[Script] = [
+    sse(CREATED, *responses.reasoned(2, ANSWER), *FOUND, responses.ended(None, [responses.message_item(ANSWER)])),
+    sse(CREATED, *FOUND, CLOSE),
+    sse(CREATED, *FOUND, *responses.searched(3, ANSWER)),  # one too many
+    sse(CREATED, *FOUND, responses.event("error", **REFUSAL)),
+    sse(CREATED, responses.event("error", **REFUSAL)),
+    sse(CREATED, responses.failed(ANSWER, QUOTES)),
+    sse(CREATED, b"data: {" + ANSWER.encode() + b"\n\n"),
+    sse(CREATED, frame({"error": QUOTES, "code": ANSWER})),
+    sse(CREATED, responses.delta(0, ANSWER), responses.ended(ANSWER, usage={"input_tokens": ANSWER})),
+    sse(CREATED, *[responses.event(f"response.{ANSWER}", delta=ANSWER)] * 2),
+    sse(CREATED),
+    error(422, {"error": QUOTES}),
+    error(200, responses.response(output=[responses.message_item(ANSWER)])),
+]
+
+
+async def every_way(service: Service, scripts: list[Script]) -> list[httpx.Response]:
     """Everything that a caller may do, full of canaries; gives the answers that are no streams."""
     fields = {"sessionId": SESSION, CANARY: CANARY}
     headers = {"Authorization": f"Bearer {TOKEN}", "Idempotency-Key": CANARY}
     answers = []
     for resumable in (False, True):
-        for number, _ in enumerate(SCRIPTS):
-            key = {"Idempotency-Key": f"{CANARY}-{number}"}
+        for number, _ in enumerate(scripts):
+            key = {"Idempotency-Key": f"{CANARY}-{number}-{resumable}"}
             response = await service.ask(PROMPT, resumable=resumable, headers={**headers, **key}, **fields)
             assert all(CANARY not in event.data for event in standard(response.content) if event.type == "error")
             if response.status_code != 200:
@@ -69,6 +96,7 @@ async def every_way(service: Service) -> list[httpx.Response]:
     for content in (
         *(f"{{{CANARY}", f'"{CANARY}"', body.replace("user", CANARY), body.replace('"content"', f'"{CANARY}"')),
         *(body[:-1] + f', "include": ["{CANARY}"]}}', body[:-1] + f', "resumable": "{CANARY}"}}', body * 2),
+        *(body[:-1] + f', "tools": ["{CANARY}"]}}', body[:-1] + f', "tools": "{CANARY}"}}'),
     ):
         headers["Content-Type"] = "application/json"
         answers.append(await service.client.post("/api/chat", content=content, headers=headers))
@@ -89,10 +117,15 @@ async def every_way(service: Service) -> list[httpx.Response]:
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
-@pytest.mark.parametrize("transport", ["own", "httpx"])
-async def test_nowhere(log_format: str, transport: str) -> None:
+@pytest.mark.parametrize(
+    ("transport", "api", "scripts"),
+    [("fast", "chat", SCRIPTS), ("httpx", "chat", SCRIPTS), ("fast", "responses", RESPONSES)],
+    ids=["fast", "httpx", "responses"],
+)
+async def test_nowhere(log_format: str, transport: str, api: str, scripts: list[Script]) -> None:
     """Neither in logs at the level of debugging, errors, metrics, nor the list of processes; through every failure."""
-    grok = Upstream(*SCRIPTS, *SCRIPTS, stream(ANSWER, HANG), key=error(400, {"error": QUOTES}))
+    last = stream(ANSWER, HANG) if api == "chat" else responses.answer(ANSWER, HANG)
+    grok = Upstream(*scripts, *scripts, last, key=error(400, {"error": QUOTES}))
     async with (
         grok,
         spawned(
@@ -102,6 +135,8 @@ async def test_nowhere(log_format: str, transport: str) -> None:
             access_tokens=TOKEN,
             system_prompt=SYSTEM,
             grok_transport=transport,
+            grok_api=api,
+            max_tool_calls=1,
             log_level="debug",
             log_format=log_format,
             grok_retries=0,
@@ -109,14 +144,14 @@ async def test_nowhere(log_format: str, transport: str) -> None:
             drain_timeout=0,
         ) as service,
     ):
-        answers = await every_way(service)
+        answers = await every_way(service, scripts)
         command = Path(f"/proc/{service.pid}/cmdline").read_bytes()
         async with service.asking(PROMPT, headers={"Authorization": f"Bearer {TOKEN}"}) as live:
             await live.event()
             service.process.send_signal(signal.SIGTERM)
             await live.rest()
         assert await service.exit_code() == 0
-    assert len(grok.calls) == 2 * len(SCRIPTS) + 2
+    assert len(grok.calls) == 2 * len(scripts) + 2
     for answer in answers:
         assert CANARY not in answer.text
         assert CANARY not in str(answer.headers).lower()
@@ -141,7 +176,9 @@ def broken(*said: object) -> None:
     raise ValueError(f"{PROMPT} {said}") from KeyError(KEY)
 
 
-@pytest.mark.parametrize("place", ["routes.decode_chat", "services.relay.encode", "services.grok.encode"])
+@pytest.mark.parametrize(
+    "place", ["formats.plain.decode_body", "formats.plain.encode_json", "services.grok.chat_completions._encode"]
+)
 @pytest.mark.parametrize("resumable", [False, True])
 async def test_tracebacks(
     place: str,
@@ -167,10 +204,10 @@ async def test_reprs() -> None:
     """What holds the key or what was said does not show it."""
     settings = load(environment("http://localhost/v1", grok_api_key=KEY, system_prompt=SYSTEM, access_tokens=TOKEN))
     body = {"messages": [{"role": "user", "content": PROMPT}], "sessionId": SESSION}
-    chat = schemas.decode_chat(json.dumps(body).encode())
-    said = schemas.decode_chunk(frame(chunk({"content": ANSWER}, error=ANSWER, usage={CANARY: 1}))[6:])
-    request = schemas.CompletionRequest("grok", chat.messages, True, {})
-    refused = schemas.decode_refusal(json.dumps({"error": {"message": ANSWER}, "code": 1}).encode())
-    for holder in (settings, chat, chat.messages, said, said.choices, request, refused):
+    chat = decode_request(json.dumps(body).encode(), "id").chat
+    said = chat_completions.Chunk([], error=ANSWER)
+    request = chat_completions.CompletionRequest("grok", chat.messages, True, {})
+    refused = failures.UpstreamErrorBody(ANSWER, ANSWER)
+    for holder in (settings, chat, chat.messages, said, TextDelta(ANSWER), request, refused):
         assert CANARY not in repr(holder)
         assert len(repr(holder)) > 5

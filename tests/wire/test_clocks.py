@@ -330,7 +330,7 @@ async def test_stream_timeout_of_a_slow_reader() -> None:
 
 async def test_half_an_error_body_is_read_for_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """The body of an error has a clock of its own; what there is of it decides, and the clocks of C4 do not strike."""
-    monkeypatch.setattr("chatproxy.services.grok.ERROR_TIMEOUT", SHORT)
+    monkeypatch.setattr("chatproxy.services.grok.network.ERROR_TIMEOUT", SHORT)
     loop = asyncio.get_running_loop()
     start = head(500, {"Content-Type": "text/html", "Connection": "close"})
     endless: Iterator[Step] = chain([start], chain.from_iterable(repeat((b"x", 0.01))))
@@ -362,3 +362,19 @@ async def test_keep_alives_in_all_waits() -> None:
     assert len(before) // len(comment) >= 4  # of the 8 in the 0.8 s that it takes at least
     assert len(between) // len(comment) >= 1
     assert after == b"data: [DONE]\n\n"
+
+
+# After the finish reason.
+
+
+@pytest.mark.parametrize("resumable", [False, True], ids=["plain", "resumable"])
+async def test_comments_after_the_finish(grok: Upstream, service: Local, resumable: bool) -> None:
+    """What follows the finish reason gets one second in all, also if it is comments without end."""
+    finished = frame(chunk({"content": "a"}, finish="stop"))
+    grok.play(lambda _: chain(sse(finished)[:2], chain.from_iterable(repeat((0.3, piece(b": ping\n\n")), 40))))
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    response = await service.ask(resumable=resumable)
+    assert answer(response.content) == "a"
+    assert 0.5 < loop.time() - began < 3
+    await grok.until(lambda: grok.playing == 0)

@@ -1,6 +1,7 @@
 """Without a key (contract F6): the built-in demo, over the same wire and through the same code."""
 
 import asyncio
+import json
 from time import monotonic
 
 import pytest
@@ -47,6 +48,36 @@ async def test_demo_at_a_human_pace() -> None:
     assert answer(responses[0].content) == answer(responses[1].content)
 
 
+async def test_demo_on_both_apis() -> None:
+    """The demo says the same on both of xAI's APIs; where a search is asked for, it shows one, with two sources."""
+    searching = {"grok_api": "responses", "grok_tools": "web_search,x_search"}
+    everything = ["reasoning", "tools", "citations", "finish"]
+    async with (
+        serving(NOBODY, grok_api_key=None) as chat,
+        serving(NOBODY, grok_api_key=None, **searching) as both,
+    ):
+        plain, same, reasoned, *searched = await asyncio.gather(
+            chat.ask(include=["reasoning"]),
+            both.ask(include=["reasoning"]),
+            both.ask(include=everything),
+            *(both.ask(tools=[tool], include=everything) for tool in ("web_search", "x_search")),
+        )
+    assert joined(naive(plain.content)) == joined(naive(same.content)) == joined(naive(reasoned.content))
+    assert joined(naive(plain.content), "reasoning") == joined(naive(same.content), "reasoning")
+    assert {event.type for event in naive(reasoned.content)} == {"message", "reasoning", "finish"}
+    for response, tool in zip(searched, ("web_search", "x_search"), strict=True):
+        events = naive(response.content)
+        told = [json.loads(event.data) for event in events if event.type == "tool"]
+        assert [(each["tool"], each["status"]) for each in told] == [(tool, "started"), (tool, "completed")]
+        assert told[1]["query"]
+        *_, citations, finish, end = events
+        urls = [source["url"] for source in json.loads(citations.data)]
+        assert len(urls) == 2
+        for url in urls:
+            assert f"]({url})" in joined(events)
+        assert (finish.type, end) == ("finish", Event(DONE))
+
+
 async def test_http_proxy() -> None:
     """Where an HTTP proxy is configured, httpx's transport takes the chat there; NO_PROXY is heeded."""
     async with Upstream() as proxy:
@@ -57,8 +88,6 @@ async def test_http_proxy() -> None:
         async with spawned(proxy.url, http_proxy="http://127.0.0.1:1", no_proxy="127.0.0.1") as service:
             assert answer((await service.ask()).content)
         assert proxy.calls[1].path == "/v1/chat/completions"
-        async with spawned(proxy.url, http_proxy="http://127.0.0.1:1", grok_transport="own") as service:
-            assert answer((await service.ask()).content)
 
 
 async def test_no_proxy_for_the_demo() -> None:
@@ -67,7 +96,7 @@ async def test_no_proxy_for_the_demo() -> None:
         assert answer((await service.ask()).content)
 
 
-@pytest.mark.parametrize(("transport", "status"), [("own", 502), ("httpx", 200)])
+@pytest.mark.parametrize(("transport", "status"), [("fast", 502), ("httpx", 200)])
 async def test_transport(transport: str, status: int) -> None:
     """GROK_TRANSPORT decides: a reply with a folded header is refused by our own, and read by httpx's."""
     folded = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nX: a\r\n b\r\nConnection: close\r\n\r\n"

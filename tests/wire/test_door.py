@@ -1,6 +1,5 @@
 """Who may come in: hostile requests are refused before anything is read or paid, and pages may read why."""
 
-import asyncio
 import json
 import re
 import socket
@@ -65,7 +64,6 @@ def origin(name: str, *more: tuple[str, str], method: str = "POST", target: str 
 
 FOREIGN_ORIGIN = 403, "origin_not_allowed"
 FOREIGN_HOST = 421, "host_not_allowed"
-NO_HTTP = 400, "invalid_http"
 NOT_JSON = 415, "unsupported_media_type"
 TOO_LARGE = 413, "body_too_large"
 TOO_MANY = 431, "headers_too_large"
@@ -144,9 +142,6 @@ HOSTILE: dict[str, tuple[bytes, tuple[int, str]]] = {
     "two hosts, ours last": (request("/api/chat", ("Host", "localhost"), host="evil.example"), FOREIGN_HOST),
     "one host twice": (request("/api/chat", ("Host", "localhost")), FOREIGN_HOST),
     "another header's host": (request("/x", ("X-Forwarded-Host", "localhost"), host="evil.example"), FOREIGN_HOST),
-    "an absolute target": (request("http://evil.example/api/chat"), FOREIGN_HOST),
-    "an absolute target with a port": (request("https://evil.example:443/api/chat"), FOREIGN_HOST),
-    "an absolute target as our name's user": (request("http://localhost@evil.example/api/chat"), FOREIGN_HOST),
     "rebinding to the metrics": (request("/metrics", method="GET", host="evil.example"), FOREIGN_HOST),
     "rebinding to the page": (request("/", method="GET", host="evil.example"), FOREIGN_HOST),
     # Bodies and heads
@@ -154,21 +149,11 @@ HOSTILE: dict[str, tuple[bytes, tuple[int, str]]] = {
     "a large length": (request(length="1000000000"), TOO_LARGE),
     "a large chunked body": (chunked(b"%x\r\n%b\r\n0\r\n\r\n" % (50_001, b" " * 50_001)), TOO_LARGE),
     "a large body in small chunks": (chunked(b"1\r\n \r\n" * 50_001), TOO_LARGE),
-    "a length beyond all numbers": (request(length="9" * 30), NO_HTTP),
-    "a negative length": (request(length="-1"), NO_HTTP),
-    "two lengths": (request("/api/chat", ("Content-Length", "0")), NO_HTTP),
-    "length and chunks": (chunked(b"0\r\n\r\n", ("Content-Length", "5")), NO_HTTP),
-    "a chunk without a size": (chunked(b"canary\r\n"), NO_HTTP),
     "10,000 headers": (request("/api/chat", *[("X", "y")] * 10_000), TOO_MANY),
     "10,000 headers of one byte": (request("/api/chat", *[("X", "")] * 10_000), TOO_MANY),
     "101 headers": (request("/api/chat", *[("X", "y")] * 97), TOO_MANY),
     "a long header": (request("/api/chat", ("X", "y" * 65_536)), TOO_MANY),
     "a long query": (request(f"/api/chat?{'y' * 65_000}", ("X", "y" * 536)), TOO_MANY),
-    "a folded header": (request("/api/chat", ("X-Request-ID", "a\r\n b")), NO_HTTP),
-    "a header without a name": (request("/api/chat", ("", "y")), NO_HTTP),
-    "another protocol": (b"\x16\x03\x01\x02\x00\x01\x00", NO_HTTP),
-    "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", NO_HTTP),
-    "a tunnel": (request("evil.example:443", method="CONNECT"), NO_HTTP),
     # Paths
     "a trailing slash": (request("/api/chat/"), NOTHING),
     "a double slash": (request("//api/chat"), NOTHING),
@@ -183,7 +168,6 @@ HOSTILE: dict[str, tuple[bytes, tuple[int, str]]] = {
     "a line break": (request("/api/chat%0a"), NOTHING),
     "a line break to the metrics": (request("/metrics%0a", method="GET"), NOTHING),
     "files": (request("/%2e%2e/%2e%2e/etc/passwd", method="GET"), NOTHING),
-    "not ASCII": (request("/api/ch\u00e4t"), NO_HTTP),
     # Streams of others
     "an unknown stream": (request("/api/chat/x/stream", method="GET"), NO_STREAM),
     "dots for a stream": (request("/api/chat/%2e%2e/stream", method="GET"), NO_STREAM),
@@ -210,6 +194,33 @@ async def test_hostile(grok: Upstream, service: Local, sent: bytes, expected: tu
     assert "Set-Cookie" not in response.headers
     if expected == FOREIGN_ORIGIN and PAGE.encode() not in sent:
         assert "Access-Control-Allow-Origin" not in response.headers
+    assert grok.calls == []
+
+
+NOT_HTTP = {
+    "a length beyond all numbers": request(length="9" * 30),
+    "a negative length": request(length="-1"),
+    "two lengths": request("/api/chat", ("Content-Length", "0")),
+    "length and chunks": chunked(b"0\r\n\r\n", ("Content-Length", "5")),
+    "a chunk without a size": chunked(b"canary\r\n"),
+    "a folded header": request("/api/chat", ("X-Request-ID", "a\r\n b")),
+    "a header without a name": request("/api/chat", ("", "y")),
+    "another protocol": b"\x16\x03\x01\x02\x00\x01\x00",
+    "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "a tunnel": request("evil.example:443", method="CONNECT"),
+    "not ASCII": request("/api/ch\u00e4t"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sent", NOT_HTTP.values(), ids=NOT_HTTP.keys())
+async def test_not_http(grok: Upstream, service: Local, sent: bytes) -> None:
+    """What is no HTTP/1.1 is a 400 that quotes nothing, and ends the connection; Grok is not called."""
+    grok.play()
+    async with service.caller() as caller:
+        await caller.send(sent)
+        answered = await caller.rest()
+    assert answered.startswith(b"HTTP/1.1 400 ")
+    assert answered.endswith(b"\r\n\r\nInvalid HTTP request received.")
     assert grok.calls == []
 
 
@@ -279,13 +290,12 @@ async def test_line_breaks_reach_no_header(grok: Upstream, service: Local) -> No
     "name", ["X-Request-ID", "Origin", "Idempotency-Key", "Last-Event-ID", "traceparent", "Accept"]
 )
 async def test_line_breaks_in_headers(grok: Upstream, service: Local, name: str, end: str) -> None:
-    """A header with a control character is no HTTP, or its value is not repeated."""
+    """A header with a control character is no HTTP, and its value is not repeated."""
     grok.play()
     async with service.caller() as caller:
         await caller.send(request("/api/chat", (name, f"a{end}b"), content_type="text/plain"))
         response = await answer(caller)
-    assert 400 <= response.status_code < 500
-    assert response.headers["X-Request-ID"].isalnum()
+    assert response.status_code == 400
     assert end not in "".join(response.headers.values())
     assert grok.calls == []
 
@@ -329,11 +339,10 @@ async def test_welcome(grok: Upstream, service: Local, host: str, name: str | No
         (request("/api/chat", ("Sec-Fetch-Site", "same-site"), ("Origin", PAGE)), 200),
         (request("/api/chat", ("Sec-Fetch-Site", "cross-site"), ("Origin", PAGE)), 200),
         (request("/", ("Sec-Fetch-Site", "cross-site"), method="GET"), 200),
-        (request("http://localhost/api/chat", host="evil.example"), 200),
     ],
 )
 async def test_not_hostile(service: Local, sent: bytes, status: int) -> None:
-    """What looks hostile and is not: health checks, links from elsewhere, targets with our name in them."""
+    """What looks hostile and is not: health checks, and links from elsewhere."""
     async with service.caller() as caller:
         await caller.send(sent)
         assert (await answer(caller)).status_code == status
@@ -385,7 +394,7 @@ async def test_readable_mistake(
     service: Local, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """So is a mistake of ours, which is told without its words."""
-    monkeypatch.setattr("chatproxy.routes.decode_chat", lambda _: int("canary"))
+    monkeypatch.setattr("chatproxy.formats.plain.decode_body", lambda *_: int("canary"))
     response = await service.ask("canary", headers={"Origin": PAGE})
     caplog.clear()
     assert (response.status_code, refusal(response)["code"]) == (500, "internal_error")
@@ -411,8 +420,19 @@ async def test_preflight(service: Local, path: str) -> None:
     readable(response, PAGE)
     assert set(response.headers["Access-Control-Allow-Methods"].split(", ")) == {"GET", "POST", "DELETE"}
     assert set(response.headers["Access-Control-Allow-Headers"].lower().split(", ")) == {
-        *("authorization", "content-type", "last-event-id", "idempotency-key", "x-request-id", "traceparent")
+        *("authorization", "content-type", "last-event-id", "idempotency-key", "x-request-id", "traceparent"),
+        *("tracestate", "baggage", "sentry-trace", "cache-control", "x-requested-with"),
     }
+
+
+async def test_preflight_of_an_sdk(service: Local) -> None:
+    """OpenAI's SDKs send a family of names that grows; any other name is not allowed by being asked for."""
+    names = "x-stainless-lang,X-Stainless-Retry-Count, openai-organization,x-evil,x-stainless-a b"
+    asked = {"Origin": PAGE, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": names}
+    response = await service.client.options("/v1/chat/completions", headers=asked)
+    allowed = set(response.headers["Access-Control-Allow-Headers"].lower().split(", "))
+    assert {"x-stainless-lang", "x-stainless-retry-count", "openai-organization"} <= allowed
+    assert not {name for name in allowed if "evil" in name or " " in name}
 
 
 async def test_no_origin_no_cors(service: Local) -> None:
@@ -469,41 +489,13 @@ async def test_request_id_in_every_line() -> None:
 async def test_slow_body(grok: Upstream, service: Local, monkeypatch: pytest.MonkeyPatch) -> None:
     """A body that does not come is not waited for; what came of it is not used."""
     grok.play()
-    monkeypatch.setattr("chatproxy.routes.BODY_TIMEOUT", 0.2)
+    monkeypatch.setattr("chatproxy.routes.bodies.BODY_TIMEOUT", 0.2)
     for sent in (request(length=str(len(CHAT) + 1)), chunked(b"%x\r\n%b\r\n" % (len(CHAT), CHAT))):
         async with service.caller() as caller:
             await caller.send(sent)
             response = await answer(caller)
         assert (response.status_code, refusal(response)["code"]) == (408, "body_timeout")
     assert grok.calls == []
-
-
-@pytest.mark.parametrize("sent", [b"", b"\r\n", b"GET /healthz HTTP/1.1\r\nHo", request()[:60]])
-async def test_slow_head(service: Local, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
-    """A connection on which no request comes is closed, the first as any other."""
-    monkeypatch.setattr("chatproxy.connection.HEAD_TIMEOUT", 0.2)
-    async with service.caller() as caller:
-        await caller.send(sent)
-        assert await caller.rest() == b""
-    if sent:
-        async with service.caller() as caller:
-            await caller.send(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            await caller.until(b"}")
-            await caller.send(sent)
-            assert await caller.rest() == b""
-
-
-async def test_head_that_comes_in_time(grok: Upstream, service: Local, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clock is for heads: neither an answer nor the silence between two requests is cut by it."""
-    monkeypatch.setattr("chatproxy.connection.HEAD_TIMEOUT", 0.1)
-    grok.play(stream("a", 0.2, "b"))
-    async with service.caller() as caller:
-        for _ in range(2):
-            await caller.post({"messages": HI})
-            await caller.until(b"data: [DONE]\n\n\r\n0\r\n\r\n")
-            with pytest.raises(TimeoutError):
-                async with asyncio.timeout(0.2):
-                    await caller.some()
 
 
 @pytest.mark.parametrize(
@@ -530,49 +522,29 @@ async def test_endless_head(grok: Upstream, service: Local, begin: bytes, more: 
     assert grok.calls == []
 
 
-async def test_requests_that_wait(grok: Upstream, service: Local) -> None:
-    """A few requests may be sent ahead of their answers; more than that are not kept, but end the connection."""
-    ahead = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    async with service.caller() as caller:
-        await caller.send(ahead * 10)
-        for _ in range(10):
-            await caller.until(b'{"status":"ok"}')
-        await caller.send(ahead * 100)
-        assert (await caller.rest()).startswith(b"HTTP/1.1 400 ")
-    grok.play(stream("a", HANG))
-    async with service.caller() as caller:
-        await caller.post({"messages": HI})
-        await caller.until(b"data: a\n\n\r\n")
-        await caller.send(ahead * 100)
-        assert await caller.rest() == b""
-    await grok.calls[0].hung_up()
-
-
 @pytest.mark.parametrize("protocol", ["h2c", "websocket"])
-async def test_upgrade(service: Local, protocol: str, caplog: pytest.LogCaptureFixture) -> None:
-    """An upgrade is not made; and where it is asked for, no body is taken for another request."""
-    upgrade = f"HTTP/1.1\r\nUpgrade: {protocol}\r\nConnection: Upgrade\r\n".encode()
-    plain = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+async def test_upgrade(grok: Upstream, service: Local, protocol: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A chat that offers another protocol, as Java's HttpClient does, is answered like any other, without a warning."""
+    grok.play(stream("a"), stream("b"))
     async with service.caller() as caller:
-        await caller.send(plain.replace(b"HTTP/1.1\r\n", upgrade))
-        assert (await caller.head())[0] == 200
-    async with service.caller() as caller:
-        await caller.send(request(body=plain).replace(b"HTTP/1.1\r\n", upgrade, 1))
-        response = await answer(caller)
-    assert (response.status_code, refusal(response)["code"]) == NO_HTTP
-    assert [record.getMessage() for record in caplog.records] == ["Invalid HTTP request received."]
+        for text in (b"a", b"b"):
+            await caller.post({"messages": HI}, Connection="Upgrade, HTTP2-Settings", Upgrade=protocol)
+            assert (await caller.head())[0] == 200
+            assert text in await caller.until(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert len(grok.calls) == 2
+    assert [record for record in caplog.records if record.levelname != "INFO"] == []
 
 
 @pytest.mark.parametrize("garbage", [b"canary\r\n\r\n", b"GET / HTTP/1.1\r\nX: " + b"y" * 300_000])
 async def test_garbage_after_a_request(grok: Upstream, service: Local, garbage: bytes) -> None:
-    """What is no request, sent while an answer is on its way, ends the connection and gets no answer in its midst."""
+    """What is no request, sent while an answer is on its way, ends the connection, and Grok is hung up on."""
     grok.play(stream("a", HANG))
     async with service.caller() as caller:
         await caller.post({"messages": HI})
         await caller.until(b"data: a\n\n\r\n")
         await caller.send(garbage)
         with suppress(ConnectionError):
-            assert await caller.rest() == b""
+            assert b"[DONE]" not in await caller.rest()
     await grok.calls[0].hung_up()
 
 
@@ -583,21 +555,21 @@ async def test_garbage_after_an_answer(grok: Upstream, service: Local) -> None:
         await caller.post({"messages": HI})
         await caller.until(b"\r\n0\r\n\r\n")
         await caller.send(b"canary\r\n\r\n")
-        status, _ = await caller.head()
-        assert (status, json.loads(await caller.rest())["error"]["code"]) == (400, "invalid_http")
+        assert (await caller.head())[0] == 400
+        assert b"canary" not in await caller.rest()
 
 
 async def test_mistake_within_a_mistake(
     grok: Upstream, service: Local, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Where even the failure cannot be told, the answer is cut off, and both mistakes are logged."""
-    monkeypatch.setattr("chatproxy.services.relay.encode", lambda _: int("x"))
-    monkeypatch.setattr("chatproxy.responses.failed", lambda *_: int("y"))
+    monkeypatch.setattr("chatproxy.formats.plain.encode_json", lambda _: int("x"))
+    monkeypatch.setattr("chatproxy.formats.plain.encode_error", lambda *_: int("y"))
     grok.play(stream("a"))
     with pytest.raises(httpx.RemoteProtocolError):
         await service.ask(include=["finish"])
     assert [record.name for record in caplog.records if record.exc_info] == [
-        "chatproxy.responses",
+        "chatproxy.routes.responses",
         "chatproxy.middleware",
     ]
     caplog.clear()

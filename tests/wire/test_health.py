@@ -60,6 +60,8 @@ USELESS_KEYS: dict[str, Script] = {
     "403": error(403, {"error": "canary"}),
 }
 UNCLEAR: dict[str, Script] = {
+    "403 block page": error(403, "<html>blocked</html>"),
+    "403 without a body": error(403, ""),
     "404": error(404, {"error": "No handler found on route"}),
     "429": error(429, {"error": "x"}, {"Retry-After": "60"}),
     "500": error(500, {"error": "x"}),
@@ -122,7 +124,7 @@ async def test_start_does_not_wait() -> None:
 @pytest.mark.parametrize("begun", [b"", head(200, {"Content-Length": "100"}), head(401, {"Content-Length": "100"})])
 async def test_silence_about_the_key(monkeypatch: pytest.MonkeyPatch, begun: bytes) -> None:
     """An answer about the key that does not come, or not to its end, is not waited for, and speaks for it."""
-    monkeypatch.setattr("chatproxy.services.grok.KEY_CHECK_TIMEOUT", 0.1)
+    monkeypatch.setattr("chatproxy.services.grok.client.KEY_CHECK_TIMEOUT", 0.1)
     async with Upstream(key=[begun, HANG]) as grok, serving(grok.url) as service:
         await grok.until(lambda: len(grok.probes) == 1)
         await grok.probes[0].hung_up()
@@ -131,7 +133,7 @@ async def test_silence_about_the_key(monkeypatch: pytest.MonkeyPatch, begun: byt
 
 async def test_key_that_is_mended(monkeypatch: pytest.MonkeyPatch) -> None:
     """A key that is no good is asked about again, and until the answer is here it remains no good."""
-    monkeypatch.setattr("chatproxy.services.grok.KEY_CHECK_INTERVAL", 0.1)
+    monkeypatch.setattr("chatproxy.services.grok.client.KEY_CHECK_INTERVAL", 0.1)
     async with Upstream(key=error(401, {"error": "x"})) as grok, serving(grok.url) as service:
         await becomes(service, USELESS)
         gate = Gate()

@@ -77,7 +77,7 @@ async def test_another_body(grok: Upstream, service: Local) -> None:
 
 
 async def test_other_keys(grok: Upstream, service: Local) -> None:
-    """Another key, none, an empty one, or the same of somebody else, is another answer; so is a plain stream."""
+    """Another key, none, an empty one, or the same of somebody else, is another answer."""
     grok.play(stream("a"))
     ids = {
         (await ask(service, key, **headers)).json()["id"]
@@ -87,9 +87,6 @@ async def test_other_keys(grok: Upstream, service: Local) -> None:
         ]
     }
     assert len(ids) == len(grok.calls) == 6
-    for _ in range(2):
-        assert (await service.ask(headers={"Idempotency-Key": "key"})).status_code == 200
-    assert len(grok.calls) == 8
 
 
 async def test_long_keys(grok: Upstream, service: Local) -> None:
@@ -174,3 +171,57 @@ async def test_left_before_the_status(grok: Upstream, service: Local) -> None:
     third = await ask(service, "back", "Ho")
     assert joined(standard((await rest(service, third.json()["url"])).content)) == "b"
     assert len(grok.calls) == 3
+
+
+async def test_key_alone_makes_it_resumable(grok: Upstream, service: Local) -> None:
+    """A key is enough, whatever the body says: the answer can be read again, and is asked for once."""
+    grok.play(stream("a", "b"))
+    headers = {"Idempotency-Key": "alone"}
+    first = await service.ask(headers=headers)
+    again = await service.ask(headers=headers)
+    assert first.headers["Content-Location"] == again.headers["Content-Location"]
+    assert joined(standard(first.content)) == joined(standard(again.content)) == "ab"
+    assert len(grok.calls) == 1
+
+
+async def test_repeated_requests_are_not_counted() -> None:
+    """A request that is sent again attaches, and takes nothing of the rate limit; another key is another chat."""
+    gate = Gate()
+    async with Upstream(stream("a", gate, "b")) as grok, serving(grok.url, rate_limit="1/minute") as service:
+        async with service.asking(headers={"Idempotency-Key": "x"}) as live:
+            await live.event()
+        async with service.asking(headers={"Idempotency-Key": "x"}) as live:
+            assert (await live.event()).data == "a"
+            gate.open()
+            assert [event.data for event in await live.rest()] == ["b", "[DONE]"]
+        assert (await ask(service, "x", "other")).status_code == 422
+        for key in ({"Idempotency-Key": "y"}, {}):
+            refused = await service.ask(headers=key)
+            assert (refused.status_code, refusal(refused)["code"]) == (429, "rate_limited")
+        assert len(grok.calls) == 1
+
+
+async def test_refused_requests_are_not_counted() -> None:
+    """What never becomes a chat takes nothing of the rate limit."""
+    async with Upstream() as grok, serving(grok.url, rate_limit="1/minute", max_messages=1) as service:
+        for body in (b"{", b"{}", json.dumps({"messages": HI * 2}).encode()):
+            response = await service.client.post(
+                "/api/chat", content=body, headers={"Content-Type": "application/json"}
+            )
+            assert response.status_code in (400, 413, 422)
+        assert (await service.ask()).status_code == 200
+        assert (await service.ask()).status_code == 429
+
+
+async def test_keys_of_strangers() -> None:
+    """The same key from another address is another answer, and its body is nobody else's business."""
+    gate = Gate()
+    async with Upstream(stream("a", gate)) as grok, serving(grok.url) as service:
+        mine = await ask(service, "1", **{"X-Forwarded-For": "192.0.2.1"})
+        stranger = await ask(service, "1", **{"X-Forwarded-For": "192.0.2.2"})
+        other = await ask(service, "1", "something else", **{"X-Forwarded-For": "192.0.2.3"})
+        again = await ask(service, "1", **{"X-Forwarded-For": "192.0.2.1"})
+        assert [response.status_code for response in (mine, stranger, other, again)] == [201] * 4
+        assert len({response.json()["id"] for response in (mine, stranger, other, again)}) == 3
+        assert again.json() == mine.json()
+        gate.open()

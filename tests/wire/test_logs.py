@@ -84,7 +84,7 @@ async def test_lines_of_chats(log_format: str) -> None:
     async with Upstream(stream("a", gate, "b")) as grok, logging(grok, log_format) as (service, log):
         async with service.asking(headers={"X-Request-ID": "done"}) as live:
             await live.event()
-            assert (await service.client.get("/healthz", headers={"X-Request-ID": "other"})).is_success
+            assert (await service.client.get("/openapi.json", headers={"X-Request-ID": "other"})).is_success
             await log.of("other")
             assert [line["request_id"] for line in log.lines("request") if line["route"] == "/api/chat"] == []
             gate.open()
@@ -125,7 +125,7 @@ async def test_lines_of_other_requests(log_format: str) -> None:
     """Whatever is asked, and however it is refused, there is one line; a path that is no route is not repeated."""
     async with Upstream() as grok, logging(grok, log_format) as (service, log):
         asked = {
-            "health": ("GET", "/healthz", {"route": "/healthz", "status": 200}),
+            "openapi": ("GET", "/openapi.json", {"route": "/openapi.json", "status": 200}),
             "nowhere": ("GET", "/canary?canary", {"route": "-", "status": 404, "code": "not_found"}),
             "invalid": ("POST", "/api/chat", {**CHAT, "status": 415, "code": "unsupported_media_type"}),
             "unknown": (
@@ -138,18 +138,8 @@ async def test_lines_of_other_requests(log_format: str) -> None:
         for request_id, (method, path, expected) in asked.items():
             await service.client.request(method, path, headers={"X-Request-ID": request_id})
             assert await log.of(request_id) == {"method": method, **expected}
-        made = (await service.client.get("/healthz", headers={"X-Request-ID": "in\tsane"})).headers["X-Request-ID"]
-        assert (await log.of(made))["route"] == "/healthz"
-        assert "canary" not in service.stderr
-
-
-@formats
-async def test_line_of_no_request(log_format: str) -> None:
-    """What never becomes a request has a line as well, with the id that its sender is told."""
-    async with Upstream() as grok, logging(grok, log_format) as (service, log), service.caller() as caller:
-        await caller.send(b"canary\r\n\r\n")
-        status, headers = await caller.head()
-        assert await log.of(headers["x-request-id"]) == {"status": status, "code": "invalid_http"}
+        made = (await service.client.get("/", headers={"X-Request-ID": "in\tsane"})).headers["X-Request-ID"]
+        assert (await log.of(made))["route"] == "/"
         assert "canary" not in service.stderr
 
 
@@ -195,14 +185,14 @@ async def test_done_is_done() -> None:
     assert (line["end"], "code" in line) == ("done", False)
 
 
-@pytest.mark.parametrize(("level", "count"), [("info", 2), ("warning", 0)])
+@pytest.mark.parametrize(("level", "count"), [("debug", 2), ("info", 1), ("warning", 0)])
 async def test_level(level: str, count: int) -> None:
-    """LOG_LEVEL decides what is written; requests are `info`."""
+    """LOG_LEVEL decides what is written; requests are `info`, health checks `debug`."""
     async with Upstream() as grok, logging(grok, "json", log_level=level) as (service, log):
         await service.ask()
         service.process.terminate()
         await service.exit_code()
-        assert len(log.lines("request")) == count  # and one for being asked whether it is there
+        assert len(log.lines("request")) >= count == min(count, len(log.lines("request")))
 
 
 # What Grok's own words become.
@@ -234,31 +224,61 @@ async def complaints(grok: Upstream, *scripts: Script) -> list[str]:
     return [line["message"] for line in lines]
 
 
-async def test_words_of_grok(grok: Upstream) -> None:
-    """The status, the code and the message are logged, without what names keys, teams or addresses."""
-    text = f"Too much of {', '.join(PRIVATE)} for you."
-    [logged] = await complaints(grok, error(400, {"code": "invalid-argument", "error": text}))
-    assert "status 400" in logged
-    assert "'invalid-argument'" in logged
-    assert "Too much of " in logged
-    assert [secret for secret in PRIVATE if secret in logged] == []
+WORDS = {
+    "short words": "my pin is 123 and 9",
+    "Chinese": "\u6211\u7684\u5bc6\u7801\u662f\u4e00\u4e8c\u4e09\u56db\u4e94\u516d\u4e03\u516b\u4e5d\u5341",
+    "Cyrillic": "\u043c\u043e\u0439 \u043f\u0430\u0440\u043e\u043b\u044c",
+    "cut in a word": "My passphr",
+    "escaped": r"my \u0070\u0069\u006e",
+    "secrets": ", ".join(PRIVATE),
+    "a line break": "my\nstatus=200 end=done",
+}
 
 
-async def test_key_of_another_kind(grok: Upstream, caplog: pytest.LogCaptureFixture) -> None:
-    """The key in use is not logged either, whatever keys look like."""
-    grok.play(error(400, {"error": "Too much for the.key-in-use of you."}))
-    async with serving(grok.url, grok_api_key="the.key-in-use") as service:
-        await service.ask()
-    assert "Too much for … of you." in caplog.text
+@formats
+@pytest.mark.parametrize("level", ["debug", "info"])
+async def test_words_of_grok(log_format: str, level: str) -> None:
+    """No word of Grok's is logged, whatever it quotes and wherever: in message or code, before and in the answer."""
+    bodies: list[Any] = []
+    for word in WORDS.values():
+        quoted = f"Too much of {word} for you"
+        bodies += [{"code": "invalid-argument", "error": quoted}, {"code": quoted, "error": "x"}, quoted]
+        bodies += [{"error": {"message": quoted, "code": quoted}}, {"error": quoted}]
+    async with (
+        Upstream() as grok,
+        logging(grok, log_format, log_level=level, system_prompt="Obey canary-4711.") as (
+            service,
+            _,
+        ),
+    ):
+        for body in bodies:
+            for status in (400, 403, 429, 500):
+                grok.play(error(status, body))
+                await service.ask("my pin is 123 and 9")
+            grok.play(stream("a", frame(body)))
+            await service.ask()
+        service.process.terminate()
+        await service.exit_code()
+        for word in [*WORDS.values(), *PRIVATE, "4711", "Too much", "pin is", "passphr"]:
+            for written in (word, json.dumps(word)[1:-1], ascii(word)[1:-1]):
+                assert written not in service.stderr
+        assert "status 400" in service.stderr
+        assert "'invalid-argument'" in service.stderr
+        assert "code 'unknown'" in service.stderr
 
 
-async def test_many_words_of_grok(grok: Upstream) -> None:
-    """Of a long message there are at most 200 characters, and nothing private wherever it lies in it."""
-    texts = ["a b c " * (length // 6) + f"{UUID} {KEY} " * 9 + "a b c " * 999 for length in range(0, 1500, 30)]
-    for logged in await complaints(grok, *(error(500, {"code": "x", "error": text}) for text in texts)):
-        assert len(logged) < 300
-        assert UUID[:8] not in logged
-        assert KEY[:8] not in logged
+async def test_known_sentences(grok: Upstream) -> None:
+    """What a refusal is about is told by a name from a fixed list."""
+    said = {
+        "Incorrect API key provided: in***ey.": "wrong API key",
+        "Your team 7 has used all available credits": "no credits",
+        "Model grok-9 does not support parameter reasoningEffort.": "parameter refused",
+        "My own words": "none known",
+    }
+    logged = await complaints(grok, *(error(400, {"code": 7, "error": text}) for text in said))
+    assert [
+        line for line, name in zip(logged, said.values(), strict=True) if f"code 7, sentence {name!r}" not in line
+    ] == []
 
 
 async def test_endless_words_of_grok(grok: Upstream) -> None:
@@ -275,17 +295,6 @@ async def test_endless_words_of_grok(grok: Upstream) -> None:
     assert [len(logged) < 300 for logged in await complaints(grok, *(error(500, body) for body in bodies))] == [
         True
     ] * 3
-
-
-async def test_words_of_grok_in_an_answer(grok: Upstream, caplog: pytest.LogCaptureFixture) -> None:
-    """When an error comes after the first chunk, nobody knows the chat any more: no word of it is logged."""
-    gate = Gate()
-    grok.play(sse(frame(chunk({"content": "a"})), gate, b'data: {"code": "x", "error": "canary"}\n\n'))
-    async with serving(grok.url) as service, service.asking() as live:
-        await live.event()
-        gate.open()
-        await live.rest()
-    assert "upstream_error: status 200, code 'x', 32 bytes" in caplog.messages
 
 
 async def test_malformed_frame(grok: Upstream) -> None:

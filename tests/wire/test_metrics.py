@@ -18,6 +18,7 @@ NAMES = {
     "chatproxy_overhead_seconds": "histogram",
     "chatproxy_deltas": "counter",
     "chatproxy_tokens": "counter",
+    "chatproxy_tool_calls": "counter",
     "chatproxy_stream_ends": "counter",
     "chatproxy_upstream_failures": "counter",
     "chatproxy_unread_deltas": "counter",

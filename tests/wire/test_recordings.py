@@ -46,7 +46,7 @@ def load(path: Path) -> Recording:
     meta = json.loads(path.with_suffix(".meta.json").read_text())
     chunks = [json.loads(event.data) for event in standard(body) if event.data != DONE]
     deltas = []
-    finish: dict[str, Any] = {"finish_reason": None, "model": chunks[0]["model"], "usage": None}
+    finish: dict[str, Any] = {"finish_reason": None, "model": chunks[0]["model"], "usage": None, "api": "chat"}
     for chunk in chunks:
         finish["usage"] = chunk.get("usage", finish["usage"])
         for choice in chunk["choices"]:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import sys
 from collections.abc import AsyncIterator
 from itertools import pairwise
 
@@ -215,7 +216,7 @@ async def test_jitter() -> None:
 @pytest.mark.parametrize("status", [429, 503])
 async def test_retry_after(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Retry-After is honoured up to the longest that is ours to wait for: not sooner, and not much later."""
-    monkeypatch.setattr("chatproxy.services.grok.MAX_RETRY_WAIT", 1)
+    monkeypatch.setattr("chatproxy.services.grok.completion.MAX_RETRY_WAIT", 1)
     async with Upstream(after(1, status), stream("ok")) as grok, serving(grok.url) as service:
         assert answer((await service.ask()).content) == "ok"
         first, second = grok.calls
@@ -394,3 +395,15 @@ async def test_hung_up_before_the_next() -> None:
         first, second = grok.calls
         assert first.left.is_set()
         assert first.left_at < second.arrived_at
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a socket filter")
+@pytest.mark.parametrize("transport", ["fast", "httpx"])
+async def test_lost_connection_to_grok(transport: str) -> None:
+    """A kept connection that was lost without a word costs seconds: the chat goes on over a new one."""
+    async with Upstream() as upstream, serving(upstream.url, connect_timeout=0.2, grok_transport=transport) as service:
+        await service.ask()
+        upstream.lose_connections()
+        async with asyncio.timeout(PATIENCE):
+            assert answer((await service.ask()).content) == "Hello, world"
+        assert upstream.calls[-1].connection > upstream.calls[0].connection

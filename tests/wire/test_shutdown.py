@@ -4,12 +4,15 @@ import asyncio
 import os
 import re
 import signal
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import chain, repeat
 
 import httpx
 import pytest
+import uvicorn
+from uvicorn.server import HANDLED_SIGNALS
 
 from tests.conftest import HI, PATIENCE, Live, Service, failure, refusal, serving, spawned
 from tests.readers import DONE, Event, answer
@@ -59,6 +62,15 @@ async def test_connections_to_grok() -> None:
             assert answer((await service.ask()).content) == "Hello, world"
             assert grok.open >= 1
         await grok.until(lambda: grok.open == 0)
+
+
+async def test_uvicorn_takes_no_signal() -> None:
+    """The service's signal handlers stay as they are: uvicorn's would close the listening socket at once."""
+    assert threading.current_thread() is threading.main_thread()  # in others uvicorn takes none anyway
+    assert "capture_signals" in vars(uvicorn.Server)  # what server.py overrides
+    before = {number: signal.getsignal(number) for number in HANDLED_SIGNALS}
+    async with Upstream() as grok, serving(grok.url):
+        assert {number: signal.getsignal(number) for number in HANDLED_SIGNALS} == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

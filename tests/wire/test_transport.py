@@ -15,14 +15,14 @@ import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 import pytest
 import trustme
 
-from chatproxy.services.transport import MAX_UNREAD, Transport
-from tests.upstream import RESET_ON_CLOSE, refusing, unreachable
+from chatproxy.services.grok.transport import MAX_UNREAD, ClientConnection, Transport
+from tests.upstream import RESET_ON_CLOSE, drop_received, refusing, unreachable
 
 pytestmark = pytest.mark.anyio
 
@@ -55,12 +55,10 @@ class Peer:
         """The next request, whole."""
         try:
             head = await self.reader.readuntil(b"\r\n\r\n")
+            fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:-2])
+            return head + await self.reader.readexactly(int(fields.get(b"content-length", b"0")))
         except (asyncio.IncompleteReadError, ConnectionError):
             raise Left from None
-        fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:-2])
-        if fields.get(b"transfer-encoding") == b"chunked":
-            return head + await self.reader.readuntil(b"0\r\n\r\n")
-        return head + await self.reader.readexactly(int(fields.get(b"content-length", b"0")))
 
     async def send_cut(self, pieces: Iterable[bytes]) -> None:
         """Send each piece by itself, as far as the kernel keeps them apart and somebody listens."""
@@ -102,12 +100,16 @@ class Server:
 
     async def __aexit__(self, *_: object) -> None:
         self.listener.close()
-        for task in self.playing:
-            task.cancel()
+        self.stop()
         async with asyncio.timeout(PATIENCE):
             await asyncio.gather(*self.playing, return_exceptions=True)
         for mistake in self.mistakes:
             raise mistake  # pragma: no cover -- a test that fails
+
+    def stop(self) -> None:
+        """Break off all scripts, which closes their connections."""
+        for task in self.playing:
+            task.cancel()
 
     def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         script = self.scripts[min(self.connections, len(self.scripts) - 1)]
@@ -145,23 +147,27 @@ async def silence(peer: Peer) -> None:
     await peer.gone()
 
 
-def own(**changes: Any) -> Transport:
-    return Transport(**{"ssl_context": CONTEXT, "max_connections": 10, "keepalive_expiry": 60.0, **changes})
+class Maker(Protocol):
+    """Makes a transport to a server."""
+
+    def __call__(self, url: str, /, *, max_connections: int = ...) -> httpx.AsyncBaseTransport: ...
 
 
-def stock(**limits: Any) -> httpx.AsyncHTTPTransport:
-    return httpx.AsyncHTTPTransport(verify=CONTEXT, limits=httpx.Limits(**limits))
+def own(url: str, /, **changes: Any) -> Transport:
+    options = {"ssl_context": CONTEXT, "max_connections": 10, "keepalive_expiry": 60.0, "unacknowledged_timeout": 60.0}
+    return Transport(httpx.URL(url), **{**options, **changes})
+
+
+def stock(_: str, /, *, ssl_context: ssl.SSLContext = CONTEXT, max_connections: int = 10) -> httpx.AsyncHTTPTransport:
+    return httpx.AsyncHTTPTransport(verify=ssl_context, limits=httpx.Limits(max_connections=max_connections))
 
 
 @asynccontextmanager
-async def client(transport: httpx.AsyncBaseTransport | None = None, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
+async def client(transport: httpx.AsyncBaseTransport, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
     """A client, and the promise that it leaves no task and no socket behind."""
     tasks, files = asyncio.all_tasks(), open_files()
-    transport = transport or own()
-    async with (
-        asyncio.timeout(PATIENCE),
-        httpx.AsyncClient(transport=transport, **{"timeout": None, **options}) as http,
-    ):
+    options = {"timeout": None, **options}
+    async with asyncio.timeout(PATIENCE), httpx.AsyncClient(transport=transport, **options) as http:
         yield http
     if isinstance(transport, Transport):
         assert (transport.open, transport.idle) == (set(), {})
@@ -209,7 +215,7 @@ def cuts(raw: bytes) -> Iterator[list[bytes]]:
         yield [raw[start:end] for start, end in itertools.pairwise([0, *places, len(raw)])]
 
 
-async def outcomes(transport: Callable[[], httpx.AsyncBaseTransport], raw: bytes, then: Script) -> list[Outcome]:
+async def outcomes(transport: Maker, raw: bytes, then: Script) -> list[Outcome]:
     """What comes of a reply, for each way to cut it."""
     seen = []
     for pieces in cuts(raw):
@@ -220,7 +226,7 @@ async def outcomes(transport: Callable[[], httpx.AsyncBaseTransport], raw: bytes
             await then(peer)
 
         async with Server(script) as server:
-            seen.append(await outcome(transport(), server.url))
+            seen.append(await outcome(transport(server.url), server.url))
     return seen
 
 
@@ -360,7 +366,7 @@ async def test_doubtful_replies(raw: bytes) -> None:
 
 @pytest.mark.parametrize("transport", [own, stock])
 @pytest.mark.parametrize("raw", [b"", b"HTTP/1.1 200 OK\r\nX:", STREAM + b"2\r\nhi\r\n", b"HTTP/1.1 200 OK\r\n\r\nhi"])
-async def test_resets(transport: Callable[[], httpx.AsyncBaseTransport], raw: bytes) -> None:
+async def test_resets(transport: Maker, raw: bytes) -> None:
     """A connection that breaks is a ReadError: before a reply, within one, and where only its end would be the end."""
     read = asyncio.Event()
 
@@ -377,47 +383,48 @@ async def test_resets(transport: Callable[[], httpx.AsyncBaseTransport], raw: by
                 assert piece == b"hi"
                 read.set()
 
-    async with Server(script) as server, client(transport()) as http:
+    async with Server(script) as server, client(transport(server.url)) as http:
         with pytest.raises(httpx.ReadError):
             await body()
 
 
-@pytest.mark.parametrize("raw", [OK.removesuffix(b"hi"), OK, STREAM])
-async def test_head(raw: bytes) -> None:
-    """The reply to HEAD has no body, whatever its headers say and whatever follows them."""
-    async with Server(answering(raw, then=silence)) as server, client() as http:
-        for _ in range(2):
-            response = await http.head(server.url)
-            assert (response.status_code, response.content) == (200, b"")
-        assert await outcome(own(), server.url, method="HEAD") == await outcome(stock(), server.url, method="HEAD")
-
-
 @pytest.mark.parametrize("transport", [own, stock])
-async def test_bad_requests(transport: Callable[[], httpx.AsyncBaseTransport]) -> None:
-    """A header that would be two is not sent, and nothing goes to an address that is not HTTP."""
-    async with Server(silence) as server, client(transport()) as http:
+async def test_bad_requests(transport: Maker) -> None:
+    """A header that would be two is not sent."""
+    async with Server(silence) as server, client(transport(server.url)) as http:
         for value in ("a\r\nX: b", "a\nb", "a\rb", "a\0b"):
             with pytest.raises(httpx.LocalProtocolError):
                 await http.post(server.url, headers={"X-Test": value})
-        with pytest.raises(httpx.UnsupportedProtocol):
-            await http.get("ftp://127.0.0.1/")
+
+
+async def test_one_server() -> None:
+    """A request to another server than the transport's is not sent, for it may hold what is meant for this one only."""
+    async with Server(silence) as server, client(own(server.url)) as http:
+        for url in (
+            "http://127.0.0.1:1/",
+            server.url.replace("http", "https"),
+            server.url.replace("127.0.0.1", "localhost"),
+        ):
+            with pytest.raises(httpx.UnsupportedProtocol):
+                await http.get(url)
+        assert server.connections == 0
 
 
 # Getting there.
 
 
 @pytest.mark.parametrize("transport", [own, stock])
-async def test_no_connection(transport: Callable[[], httpx.AsyncBaseTransport]) -> None:
+async def test_no_connection(transport: Maker) -> None:
     """Refused is a ConnectError; not made in time, TLS included, a ConnectTimeout."""
     short = httpx.Timeout(None, connect=0.1)
     with refusing() as url:
-        assert await outcome(transport(), url) == "ConnectError"
+        assert await outcome(transport(url), url) == "ConnectError"
     with unreachable() as url:
-        assert await outcome(transport(), url, timeout=short) == "ConnectTimeout"
-    async with Server(silence) as server:
-        assert await outcome(transport(), server.url.replace("http", "https"), timeout=short) == "ConnectTimeout"
-    async with Server(hang_up) as server:
-        assert await outcome(transport(), server.url.replace("http", "https"), timeout=short) == "ConnectError"
+        assert await outcome(transport(url), url, timeout=short) == "ConnectTimeout"
+    for script, expected in ((silence, "ConnectTimeout"), (hang_up, "ConnectError")):
+        async with Server(script) as server:
+            url = server.url.replace("http", "https")
+            assert await outcome(transport(url), url, timeout=short) == expected
 
 
 def address(url: str) -> tuple[Any, ...]:
@@ -449,34 +456,35 @@ async def test_default_ports(resolve: Callable[..., list[int]]) -> None:
     """Without a port in the URL it is the one of its scheme."""
     with refusing() as refused:
         ports = resolve(refused)
-        for scheme in ("http", "https"):
-            assert await outcome(own(), f"{scheme}://grok.test/") == "ConnectError"
+        for url in ("http://grok.test/", "https://grok.test/"):
+            assert await outcome(own(url), url) == "ConnectError"
     assert ports == [80, 443]
 
 
-async def test_silent_address(resolve: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
+NAMED = "http://grok.test/"
+
+
+async def test_silent_address(resolve: Callable[..., object]) -> None:
     """An address that does not answer holds up the next one for a moment only, as do all that refuse."""
     async with Server(answering(OK, then=silence)) as server:
         with unreachable() as silent, refusing() as refused:
             resolve(silent, refused, refused, silent, server.url)
-            async with client() as http:
+            async with client(own(NAMED)) as http:
                 started = time.monotonic()
-                assert (await http.get("http://grok.test/")).text == "hi"
+                assert (await http.get(NAMED)).text == "hi"
                 assert time.monotonic() - started < 5
             resolve(refused, refused)
-            assert await outcome(own(), "http://grok.test/") == "ConnectError"
-            monkeypatch.setattr("chatproxy.services.transport.NEXT_ADDRESS", 0.01)
+            assert await outcome(own(NAMED), NAMED) == "ConnectError"
             resolve(silent, refused)
-            assert await outcome(own(), "http://grok.test/", timeout=0.1) == "ConnectTimeout"
+            assert await outcome(own(NAMED, attempt_delay=0.01), NAMED, timeout=0.1) == "ConnectTimeout"
 
 
-async def test_two_addresses_at_once(resolve: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_two_addresses_at_once(resolve: Callable[..., object]) -> None:
     """If two addresses answer at the same time, one of the connections is used and the other is closed."""
-    monkeypatch.setattr("chatproxy.services.transport.NEXT_ADDRESS", 0)
     async with Server(answering(OK, then=silence)) as server, Server(answering(OK, then=silence)) as other:
         resolve(*[server.url, other.url] * 5)
-        async with client() as http:
-            assert (await http.get("http://grok.test/")).text == "hi"
+        async with client(own(NAMED, attempt_delay=0)) as http:
+            assert (await http.get(NAMED)).text == "hi"
             await until(lambda: len(server.playing) + len(other.playing) == 1)
 
 
@@ -509,7 +517,10 @@ async def test_tls(authority: trustme.CA) -> None:
         assert peer.writer.get_extra_info("ssl_object").selected_alpn_protocol() == "http/1.1"
         await answering(OK, OK, undelimited)(peer)
 
-    async with Server(script, tls=tls(authority)) as server, client(own(ssl_context=trusting(authority))) as http:
+    async with (
+        Server(script, tls=tls(authority)) as server,
+        client(own(server.url, ssl_context=trusting(authority))) as http,
+    ):
         for body in ("hi", "hi", "hi" * 50_000, "hi"):
             assert (await http.post(server.url, content=b"x" * 100_000)).text == body
         assert server.connections == 2
@@ -523,8 +534,8 @@ async def test_tls_is_verified(authority: trustme.CA) -> None:
         Server(hang_up, tls=tls(authority, "grok.test")) as other,
     ):
         for server, context in ((unknown, CONTEXT), (other, trusting(authority))):
-            assert await outcome(own(ssl_context=context), server.url) == "ConnectError"
-            assert await outcome(httpx.AsyncHTTPTransport(verify=context), server.url) == "ConnectError"
+            assert await outcome(own(server.url, ssl_context=context), server.url) == "ConnectError"
+            assert await outcome(stock(server.url, ssl_context=context), server.url) == "ConnectError"
             assert server.connections == 0
 
 
@@ -544,7 +555,10 @@ async def test_tls_cut_off(authority: trustme.CA) -> None:
             async for piece in response.aiter_raw():
                 sizes.append(len(piece))  # noqa: PERF401 -- it does not get to the end
 
-    async with Server(script, tls=tls(authority)) as server, client(own(ssl_context=trusting(authority))) as http:
+    async with (
+        Server(script, tls=tls(authority)) as server,
+        client(own(server.url, ssl_context=trusting(authority))) as http,
+    ):
         with pytest.raises(httpx.RemoteProtocolError):
             await read()
     assert sum(sizes) == len(flood)
@@ -557,8 +571,7 @@ async def test_tls_cut_off(authority: trustme.CA) -> None:
 async def test_kept_connection() -> None:
     """One connection serves any number of requests, one after the other, if each body is read to its end."""
     replies = [OK, STREAM + b"2\r\nhi\r\n0\r\n\r\n", OK.replace(b"1.1 200 OK", b"1.0 200 OK\r\nConnection: keep-alive")]
-    transport = own()
-    async with Server(answering(*replies * 10, then=silence)) as server, client(transport) as http:
+    async with Server(answering(*replies * 10, then=silence)) as server, client(transport := own(server.url)) as http:
         for _ in range(30):
             assert (await http.post(server.url, content=b"{}")).text == "hi"
         assert server.connections == 1
@@ -569,7 +582,7 @@ async def test_kept_connection() -> None:
 @pytest.mark.parametrize("raw", [COMPLETE["Connection: close"], COMPLETE["HTTP/1.0"], COMPLETE["two replies"]])
 async def test_unfit_connection(raw: bytes) -> None:
     """A connection whose server wants it closed, or has sent too much, is not used again: we hang up."""
-    async with Server(answering(raw, then=silence)) as server, client() as http:
+    async with Server(answering(raw, then=silence)) as server, client(own(server.url)) as http:
         for count in (1, 2, 3):
             assert (await http.post(server.url)).text == "hi"
             assert server.connections == count
@@ -588,8 +601,10 @@ async def test_unread_body() -> None:
         peer.send(b"x" * 10_000)
         await answering(OK, then=silence)(peer)
 
-    transport = own()
-    async with Server(answering(OK[:-1], then=silence), script) as server, client(transport) as http:
+    async with (
+        Server(answering(OK[:-1], then=silence), script) as server,
+        client(transport := own(server.url)) as http,
+    ):
         async with http.stream("POST", server.url):
             pass
         await until(lambda: not server.playing)
@@ -606,10 +621,9 @@ async def test_unread_body() -> None:
 
 async def test_freed() -> None:
     """A closed connection is freed at once, without the garbage collector."""
-    transport = own()
     gc.disable()
     try:
-        async with Server(answering(OK, then=silence)) as server, client(transport) as http:
+        async with Server(answering(OK, then=silence)) as server, client(transport := own(server.url)) as http:
             await http.post(server.url)
             (connection,) = map(weakref.ref, transport.open)
         assert connection() is None
@@ -628,8 +642,10 @@ async def test_dropped_connection() -> None:
 
     for then in (hang_up, speaks):
         speak, gone = asyncio.Event(), asyncio.Event()
-        transport = own()
-        async with Server(answering(OK, then=then), answering(OK, then=silence)) as server, client(transport) as http:
+        async with (
+            Server(answering(OK, then=then), answering(OK, then=silence)) as server,
+            client(transport := own(server.url)) as http,
+        ):
             await http.post(server.url)
             (connection,) = transport.open
             speak.set()
@@ -638,6 +654,63 @@ async def test_dropped_connection() -> None:
             assert gone.is_set() == (then is speaks)
             assert (await http.post(server.url)).text == "hi"
             assert server.connections == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a socket filter")
+async def test_lost_connection() -> None:
+    """A connection on which nothing is acknowledged is lost after a time: one that is used, and all that are idle."""
+
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        peer.send(OK)
+        await peer.request()
+        drop_received(peer.writer.get_extra_info("socket"))
+        dropped.set()
+        await silence(peer)
+
+    async with Server(script) as server, client(transport := own(server.url, unacknowledged_timeout=0.5)) as http:
+        async with http.stream("POST", server.url) as first, http.stream("POST", server.url) as second:
+            await first.aread()
+            await second.aread()
+        (idle, used) = transport.idle
+        dropped = asyncio.Event()
+        with pytest.raises(httpx.ReadError, match="timed out"):
+            await http.post(server.url)
+        assert dropped.is_set()
+        assert not transport.open
+        assert isinstance(idle.error(), httpx.CloseError)
+        assert isinstance(used.error(), httpx.ReadError)
+        server.stop()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a socket filter")
+async def test_lost_idle_connection() -> None:
+    """An idle connection whose server is gone without a word is found and closed, with all others, before its use."""
+
+    async def script(peer: Peer) -> None:
+        await answering(OK)(peer)
+        await lose.wait()
+        drop_received(peer.writer.get_extra_info("socket"))
+        await silence(peer)
+
+    async with Server(script) as server, client(transport := own(server.url, unacknowledged_timeout=0.5)) as http:
+        lose = asyncio.Event()
+        await http.post(server.url)
+        (connection,) = transport.idle
+        lose.set()
+        await until(lambda: not transport.open)
+        assert isinstance(connection.error(), httpx.ReadError)
+        server.stop()
+
+
+@pytest.mark.parametrize("seconds", [0.0001, 15, 100_000_000])
+async def test_timeout_of_any_length(seconds: float) -> None:
+    """Any time that can be configured for a lost connection is one that the system takes."""
+    async with (
+        Server(answering(OK, then=silence)) as server,
+        client(own(server.url, unacknowledged_timeout=seconds)) as http,
+    ):
+        assert (await http.post(server.url)).text == "hi"
 
 
 @pytest.mark.parametrize("reset", [False, True])
@@ -653,7 +726,7 @@ async def test_stale_connection(reset: bool) -> None:
         if reset:
             peer.reset()
 
-    async with Server(stale, stale, answering(OK)) as server, client() as http:
+    async with Server(stale, stale, answering(OK)) as server, client(own(server.url)) as http:
         await asyncio.gather(http.post(server.url), http.post(server.url))
         with pytest.raises(httpx.ReadError if reset else httpx.RemoteProtocolError):
             await http.post(server.url, content=b"Hi")
@@ -664,15 +737,16 @@ async def test_stale_connection(reset: bool) -> None:
 async def test_expiry() -> None:
     """A connection that is idle for its time is closed without another request; one that is used is not."""
     async with (
-        Server(answering(*[OK] * 20, then=silence)) as server,
-        Server(answering(OK, then=silence)) as other,
-        client(own(keepalive_expiry=0.2)) as http,
+        Server(answering(OK, then=silence), answering(*[OK] * 20, then=silence)) as server,
+        client(own(server.url, keepalive_expiry=0.2)) as http,
     ):
-        await http.post(other.url)
+        async with http.stream("POST", server.url) as first, http.stream("POST", server.url) as second:
+            await first.aread()
+            await second.aread()
         for _ in range(10):
             await http.post(server.url)
             await asyncio.sleep(0.04)
-        assert (server.connections, len(server.playing), len(other.playing)) == (1, 1, 0)
+        assert (server.connections, len(server.playing)) == (2, 1)
         await until(lambda: not server.playing)
 
 
@@ -687,7 +761,7 @@ async def test_most_recently_used() -> None:
             served.append(name)
             peer.send(OK)
 
-    async with Server(script) as server, client() as http:
+    async with Server(script) as server, client(own(server.url)) as http:
         async with http.stream("POST", server.url) as first:
             await http.post(server.url)
             await first.aread()
@@ -697,14 +771,15 @@ async def test_most_recently_used() -> None:
 
 
 @pytest.mark.parametrize("transport", [own, stock])
-async def test_max_connections(transport: Callable[..., httpx.AsyncBaseTransport]) -> None:
-    """Beyond `max_connections` requests wait for one that ends, as long as their pool timeout allows."""
-    async with Server(answering(OK, OK, OK, then=silence)) as server, client(transport(max_connections=1)) as http:
+async def test_max_connections(transport: Maker) -> None:
+    """Beyond `max_connections` requests wait for one that ends."""
+    async with (
+        Server(answering(OK, OK, OK, then=silence)) as server,
+        client(transport(server.url, max_connections=1)) as http,
+    ):
         async with http.stream("POST", server.url) as first:
-            with pytest.raises(httpx.PoolTimeout):
-                await http.post(server.url, timeout=httpx.Timeout(None, pool=0.05))
             second, third = (asyncio.create_task(http.post(server.url)) for _ in range(2))
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.05)
             second.cancel()
             await first.aread()
         assert (await third).text == "hi"
@@ -712,57 +787,13 @@ async def test_max_connections(transport: Callable[..., httpx.AsyncBaseTransport
         assert server.connections == 1
 
 
-async def test_room_for_another_origin() -> None:
-    """With every place taken by idle connections, the one idle longest gives way to a new origin."""
-    async with (
-        Server(answering(OK, OK, then=silence)) as first,
-        Server(answering(OK, OK, then=silence)) as second,
-        Server(answering(OK, OK, then=silence)) as third,
-        client(own(max_connections=2)) as http,
-    ):
-        for server in (first, second, third):
-            assert (await http.post(server.url)).text == "hi"
-        await until(lambda: not first.playing)
-        assert (len(second.playing), len(third.playing)) == (1, 1)
-
-
 # Sending.
-
-
-async def test_streamed_request() -> None:
-    """A request body that is an iterator is sent in chunks, or as it is if its length is given."""
-
-    async def body() -> AsyncIterator[bytes]:
-        for piece in (b"Hi", b"", b" there"):
-            yield piece
-
-    sent: list[bytes] = []
-
-    async def script(peer: Peer) -> None:
-        while True:
-            sent.append(await peer.request())
-            peer.send(OK)
-
-    async with Server(script) as server:
-        for transport in (own, stock):
-            async with client(transport()) as http:
-                await http.post(server.url, content=body())
-                await http.post(server.url, content=body(), headers={"Content-Length": "8"})
-    assert sent[:2] == sent[2:]
-    assert sent[0].endswith(b"\r\n\r\n2\r\nHi\r\n6\r\n there\r\n0\r\n\r\n")
-    assert sent[1].endswith(b"\r\n\r\nHi there")
 
 
 LARGE = b"0123456789abcdef" * 1_000_000
 
 
-async def large() -> AsyncIterator[bytes]:
-    for at in range(0, len(LARGE), 1_000_000):
-        yield LARGE[at : at + 1_000_000]
-
-
-@pytest.mark.parametrize("content", [lambda: LARGE, large], ids=["bytes", "iterator"])
-async def test_large_request(content: Callable[[], Any]) -> None:
+async def test_large_request() -> None:
     """A body larger than the socket takes at once arrives whole, however slowly it is read."""
     arrived: list[bytes] = []
 
@@ -771,25 +802,16 @@ async def test_large_request(content: Callable[[], Any]) -> None:
         peer.send(OK)
         await silence(peer)
 
-    async with Server(script) as server, client() as http:
-        response = await http.post(server.url, content=content(), headers={"Content-Length": str(len(LARGE))})
-        assert response.text == "hi"
+    async with Server(script) as server, client(own(server.url)) as http:
+        assert (await http.post(server.url, content=LARGE)).text == "hi"
     assert arrived[0].endswith(b"\r\n\r\n" + LARGE)
 
 
-@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("then", [hang_up, silence])
-async def test_refused_upload(streamed: bool, then: Script) -> None:
-    """An error that arrives while the request is being sent ends the sending, and can be read."""
+async def test_refused_upload(then: Script) -> None:
+    """An error that arrives while the request is being sent can be read, and ends the connection."""
     reply = b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 9\r\n\r\ntoo large"
     left = asyncio.Event()
-    asked_for = 0
-
-    async def body() -> AsyncIterator[bytes]:
-        nonlocal asked_for
-        async for piece in large():  # pragma: no branch -- unless the test fails
-            asked_for += 1
-            yield piece
 
     async def script(peer: Peer) -> None:
         await peer.reader.readuntil(b"\r\n\r\n")
@@ -797,13 +819,12 @@ async def test_refused_upload(streamed: bool, then: Script) -> None:
         if then is silence:
             await left.wait()
 
-    async with Server(script) as server, client() as http:
+    async with Server(script) as server, client(own(server.url)) as http:
         for count in (1, 2):
-            response = await http.post(server.url, content=body() if streamed else LARGE)
+            response = await http.post(server.url, content=LARGE)
             assert (response.status_code, response.text) == (413, "too large")
             assert server.connections == count
         left.set()
-    assert asked_for < 2 * 16
 
 
 async def test_early_reply() -> None:
@@ -813,12 +834,15 @@ async def test_early_reply() -> None:
 
     async def script(peer: Peer) -> None:
         head = await peer.reader.readuntil(b"\r\n\r\n")
-        peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(flood) + flood)
+        peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (len(flood) + 2) + flood)
         arrived.append(head + await peer.reader.readexactly(len(LARGE)))
-        await silence(peer)
+        peer.send(b"hi")
+        await answering(OK, then=silence)(peer)
 
-    async with Server(script) as server, client() as http:
-        assert (await http.post(server.url, content=LARGE)).content == flood
+    async with Server(script) as server, client(own(server.url)) as http:
+        assert (await http.post(server.url, content=LARGE)).content == flood + b"hi"
+        assert (await http.post(server.url)).text == "hi"
+        assert server.connections == 1
     assert arrived[0].endswith(b"\r\n\r\n" + LARGE)
 
 
@@ -830,41 +854,8 @@ async def test_hang_up_while_sending() -> None:
         peer.reset()
 
     async with Server(script) as server:
-        for content in (lambda: LARGE, large):
-            assert await outcome(own(), server.url, content=content()) == "ReadError"
-            assert await outcome(stock(), server.url, content=content()) == "ReadError"
-
-
-# Time.
-
-
-@pytest.mark.parametrize("transport", [own, stock])
-async def test_timeouts(transport: Callable[[], httpx.AsyncBaseTransport]) -> None:
-    """Read and write timeouts are those of httpx, for each read and write; a piece in time starts the next one anew."""
-
-    async def slow(peer: Peer) -> None:
-        await peer.request()
-        peer.send(STREAM)
-        for _ in range(5):
-            peer.send(b"2\r\nhi\r\n")
-            await asyncio.sleep(0.1)
-        peer.send(b"0\r\n\r\n")
-        await silence(peer)
-
-    async def unread(_: Peer) -> None:
-        await left.wait()
-
-    left = asyncio.Event()
-    short = httpx.Timeout(None, read=0.1, write=0.1)
-    async with Server(silence) as server:
-        assert await outcome(transport(), server.url, timeout=short) == "ReadTimeout"
-    async with Server(answering(STREAM + b"2\r\nhi\r\n", then=silence)) as server:
-        assert await outcome(transport(), server.url, timeout=short) == "200, ReadTimeout"
-    async with Server(unread) as server:
-        assert await outcome(transport(), server.url, timeout=short, content=LARGE) == "WriteTimeout"
-        left.set()
-    async with Server(slow) as server:
-        assert (await outcome(transport(), server.url, timeout=0.4))[2] == b"hi" * 5
+        assert await outcome(own(server.url), server.url, content=LARGE) == "ReadError"
+        assert await outcome(stock(server.url), server.url, content=LARGE) == "ReadError"
 
 
 # Bounds.
@@ -898,7 +889,7 @@ async def test_endless_overhead(start: bytes, more: bytes) -> None:
 
     sent: list[int] = []
     async with Server(script) as server:
-        seen = await outcome(own(), server.url)
+        seen = await outcome(own(server.url), server.url)
         assert str(seen).removeprefix("200, ") == "RemoteProtocolError"
     assert MAX_UNREAD <= sum(sent) < 20 * MAX_UNREAD
 
@@ -907,8 +898,8 @@ async def test_large_head() -> None:
     """A head that is large but within bounds is read, and does not count against the body."""
     head = b"HTTP/1.1 200 OK\r\nX: %s\r\nContent-Length: 50000\r\n\r\n" % (b"x" * 50_000)
     async with Server(answering(head + b"y" * 50_000, then=silence)) as server:
-        seen = await outcome(own(), server.url)
-        assert seen == await outcome(stock(), server.url)
+        seen = await outcome(own(server.url), server.url)
+        assert seen == await outcome(stock(server.url), server.url)
         assert seen[2] == b"y" * 50_000
 
 
@@ -924,7 +915,7 @@ async def test_long_body() -> None:
         await silence(peer)
 
     async with Server(script) as server:
-        assert (await outcome(own(), server.url))[2] == b"x" * 300_000
+        assert (await outcome(own(server.url), server.url))[2] == b"x" * 300_000
 
 
 class Flood:
@@ -958,7 +949,7 @@ async def test_slow_reader() -> None:
         peer.send(b"HTTP/1.1 200 OK\r\n\r\n")
         await flood.send(peer)
 
-    async with Server(script) as server, client() as http, http.stream("POST", server.url) as response:
+    async with Server(script) as server, client(own(server.url)) as http, http.stream("POST", server.url) as response:
         await flood.stuck()
         assert flood.taken < 20_000_000  # what the kernels hold, mostly
         pieces = response.aiter_raw()
@@ -978,73 +969,181 @@ async def test_slow_reader_that_sends() -> None:
         await peer.send_cut([b"HTTP/1.1 200 OK\r\n\r\n", b"a", b"b", b"c"])
         await flood.send(peer)
 
-    async with Server(script) as server, client() as http:
-        sending = asyncio.create_task(http.post(server.url, content=LARGE))
+    async with (
+        Server(script) as server,
+        client(own(server.url)) as http,
+        http.stream("POST", server.url, content=LARGE),
+    ):
         await flood.stuck()
         assert flood.taken < 20_000_000
-        sending.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await sending
 
 
 # Leaving.
 
 
-async def test_cancelled() -> None:
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("content", [b"", LARGE], ids=["small", "large"])
+async def test_cancelled(scheme: str, content: bytes) -> None:
     """Cancelled at any point, a request leaves no connection, no task and no place taken."""
+
+    async def deaf(_: Peer) -> None:
+        await left.wait()
 
     async def half(peer: Peer) -> None:
         await peer.request()
         peer.send(STREAM + b"2\r\nhi\r\n")
         await silence(peer)
 
-    async def deaf(_: Peer) -> None:
-        await left.wait()
-
-    async def read(http: httpx.AsyncClient, url: str, seconds: float | None, content: Any) -> None:
-        async with http.stream("POST", url, timeout=seconds, content=content()) as response:
+    async def read(http: httpx.AsyncClient, url: str, seconds: float | None) -> None:
+        async with http.stream("POST", url, timeout=seconds, content=content) as response:
             async for _ in response.aiter_raw():
                 pass
 
+    async def cancel(server: Server | None, url: str, seconds: float | None) -> None:
+        left.clear()
+        async with client(own(url, max_connections=1)) as http:
+            for rounds in (*range(12), 100):
+                task = asyncio.create_task(read(http, url, seconds))
+                for _ in range(rounds):
+                    await asyncio.sleep(0)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            left.set()
+            await until(lambda: open_files() == files)
+            if server is None or scheme == "https":
+                with pytest.raises((httpx.ConnectTimeout, httpx.ConnectError)):
+                    await http.post(url, timeout=0.1)
+            else:
+                scripts, server.scripts = server.scripts, [answering(OK, then=silence)]
+                assert (await http.post(url)).text == "hi"
+                server.scripts = scripts
+
     left = asyncio.Event()
-    async with (
-        Server(silence) as silent,
-        Server(half) as reading,
-        Server(deaf) as writing,
-        Server(answering(OK, then=silence)) as fine,
-    ):
+    async with Server(silence) as silent, Server(half) as reading, Server(deaf) as writing:
         with unreachable() as nowhere:
             files = open_files()
-            for url, seconds, content in (
-                (nowhere, None, bytes),
-                (nowhere, 9, bytes),
-                (silent.url.replace("http", "https"), None, bytes),
-                (silent.url, None, bytes),
-                (silent.url, 9, bytes),
-                (reading.url, None, bytes),
-                (reading.url, 9, bytes),
-                (writing.url, None, lambda: LARGE),
-                (writing.url, 9, large),
-            ):
-                left.clear()
-                async with client(own(max_connections=1)) as http:
-                    for rounds in (*range(12), 100):
-                        task = asyncio.create_task(read(http, url, seconds, content))
-                        for _ in range(rounds):
-                            await asyncio.sleep(0)
-                        task.cancel()
-                        with pytest.raises(asyncio.CancelledError):
-                            await task
-                    left.set()
-                    await until(lambda: open_files() == files)
-                    assert (await http.post(fine.url)).text == "hi"
+            for server, url in ((None, nowhere), *((server, server.url) for server in (silent, reading, writing))):
+                for seconds in (None, 9):
+                    await cancel(server, url.replace("http", scheme), seconds)
+
+
+Ending = Callable[["asyncio.Task[None]", Transport], Awaitable[None]]
+
+
+async def wait(task: "asyncio.Task[None]", _: Transport) -> None:
+    """The exchange ends by itself."""
+    await asyncio.wait([task])
+
+
+async def cancel(task: "asyncio.Task[None]", _: Transport) -> None:
+    """The exchange is cancelled while it waits."""
+    await asyncio.sleep(0.05)
+    task.cancel()
+    await asyncio.wait([task])
+
+
+async def close(task: "asyncio.Task[None]", transport: Transport) -> None:
+    """The transport is closed while the exchange waits."""
+    await asyncio.sleep(0.05)
+    await transport.aclose()
+    await asyncio.wait([task])
+
+
+async def deaf(_: Peer) -> None:
+    """The server reads nothing, until the test is over."""
+    await asyncio.get_running_loop().create_future()
+
+
+ENDINGS: dict[str, tuple[Script, Ending]] = {
+    "complete": (answering(OK, then=silence), wait),
+    "refused": (answering(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 0\r\n\r\n"), wait),
+    "cut off in the head": (answering(b"HTTP/1.1 200"), wait),
+    "cut off in the body": (answering(STREAM + b"2\r\nhi\r\n"), wait),
+    "malformed head": (answering(b"What?\r\n\r\n", then=silence), wait),
+    "malformed body": (answering(STREAM + b"what?\r\n", then=silence), wait),
+    "cancelled before the head": (answering(b"", then=silence), cancel),
+    "cancelled in the body": (answering(STREAM + b"2\r\nhi\r\n", then=silence), cancel),
+    "cancelled while sending": (deaf, cancel),
+    "closed before the head": (answering(b"", then=silence), close),
+    "closed in the body": (answering(STREAM, then=silence), close),
+}
+
+
+@pytest.mark.parametrize(("script", "end"), ENDINGS.values(), ids=ENDINGS)
+async def test_nothing_is_kept(script: Script, end: Ending) -> None:
+    """However an exchange ends, its request is freed at once and leaves nothing to the garbage collector."""
+    content = bytes(8_000_000)
+    async with Server(script) as server, asyncio.timeout(PATIENCE):
+        await kept_nothing(server.url, content, end)
+        server.stop()
+
+
+async def test_nothing_is_kept_without_a_connection() -> None:
+    """A request that could not be connected is freed at once as well."""
+    content = bytes(100_000)
+    with refusing() as refused, unreachable() as nowhere:
+        for url in (refused, nowhere):
+            await kept_nothing(url, content, wait)
+
+
+async def kept_nothing(url: str, content: bytes, end: Ending) -> None:
+    async def exchange() -> None:
+        with suppress(httpx.TransportError):
+            stream = (await transport.handle_async_request(requests.pop())).stream
+            assert isinstance(stream, httpx.AsyncByteStream)
+            async for _ in stream:
+                pass
+
+    transport = own(url)
+    before = sys.getrefcount(content)
+    requests = [httpx.Request("POST", url, content=content, extensions={"timeout": {"connect": 0.1}})]
+    request = weakref.ref(requests[0])
+    gc.collect()
+    gc.disable()
+    try:
+        await end(asyncio.create_task(exchange()), transport)
+        await asyncio.sleep(0.01)
+        assert (sys.getrefcount(content), request()) == (before, None)
+        await transport.aclose()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        assert [kept for kept in gc.garbage if isinstance(kept, BaseException | ClientConnection)] == []
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+
+@pytest.mark.parametrize("content", [b"x" * 1000, LARGE], ids=["small", "large"])
+async def test_sent_body_is_not_held(content: bytes) -> None:
+    """While an answer is awaited and read, what was sent is not held, for it may be large and the answer long."""
+
+    async def script(peer: Peer) -> None:
+        assert (await peer.request()).endswith(content)
+        arrived.set()
+        await silence(peer)
+
+    arrived = asyncio.Event()
+    content = bytes(bytearray(content))
+    async with Server(script) as server, asyncio.timeout(PATIENCE):
+        transport = own(server.url)
+        before = sys.getrefcount(content)
+        waiting = asyncio.create_task(
+            transport.handle_async_request(httpx.Request("POST", server.url, content=content))
+        )
+        await arrived.wait()
+        assert sys.getrefcount(content) == before
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        await transport.aclose()
 
 
 async def test_failed_body() -> None:
     """A body that fails gives its place to another request, closed or not."""
     async with (
         Server(answering(OK[:-1]), answering(OK, then=silence)) as server,
-        client(own(max_connections=1)) as http,
+        client(own(server.url, max_connections=1)) as http,
     ):
         response = await http.send(http.build_request("POST", server.url), stream=True)
         with pytest.raises(httpx.RemoteProtocolError):
@@ -1055,7 +1154,10 @@ async def test_failed_body() -> None:
 
 async def test_closed_transport() -> None:
     """Closing the transport hangs up for all: who reads, who waits for a reply, and who is still being connected."""
-    async with Server(answering(OK, STREAM, then=silence), silence) as server, client(own(max_connections=3)) as http:
+    async with (
+        Server(answering(OK, STREAM, then=silence), silence) as server,
+        client(own(server.url, max_connections=3)) as http,
+    ):
         await http.post(server.url)
         async with http.stream("POST", server.url) as response:
             reading = asyncio.ensure_future(anext(response.aiter_raw()))
@@ -1070,7 +1172,10 @@ async def test_closed_transport() -> None:
 
 async def test_closed_body() -> None:
     """A closed body is not read, not even by who waits for it, and closing it again does nothing to anybody else."""
-    async with Server(answering(OK, STREAM + b"2\r\nhi\r\n", then=silence)) as server, client(transport := own()):
+    async with (
+        Server(answering(OK, STREAM + b"2\r\nhi\r\n", then=silence)) as server,
+        client(transport := own(server.url)),
+    ):
         request = httpx.Request("POST", server.url)
         first = (await transport.handle_async_request(request)).stream
         assert isinstance(first, httpx.AsyncByteStream)

@@ -1,0 +1,25 @@
+"""What the routes share, made by the application's lifespan."""
+
+from typing import NotRequired, TypedDict
+
+from chatproxy.config import Settings
+from chatproxy.lifecycle import Lifecycle
+from chatproxy.metrics import Metrics
+from chatproxy.routes.responses import RequestContext
+from chatproxy.services.grok.client import Grok
+from chatproxy.services.limits import BodyMemory, Concurrency, RateLimiter
+from chatproxy.services.streams import StreamRegistry
+
+
+class AppState(TypedDict):
+    """`request.state` of every route."""
+
+    settings: Settings
+    metrics: Metrics
+    lifecycle: Lifecycle
+    grok: Grok
+    streams: StreamRegistry
+    rate_limiter: RateLimiter
+    concurrency: Concurrency
+    body_memory: BodyMemory
+    context: NotRequired[RequestContext]  # of this request, from the middleware

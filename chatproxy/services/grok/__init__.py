@@ -1,0 +1,1 @@
+"""The conversation with xAI: the only part that knows httpx and Grok's wire."""
