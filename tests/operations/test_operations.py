@@ -193,7 +193,7 @@ def test_probes() -> None:
     assert deployment["spec"]["selector"]["matchLabels"] == labels == service["spec"]["selector"]
 
 
-def test_drain() -> None:
+def test_drain_in_the_files() -> None:
     """What is set are settings, and a stopped pod has told its running answers so before it is killed."""
     pod = kubernetes()[0]["spec"]["template"]["spec"]
     [container] = pod["containers"]

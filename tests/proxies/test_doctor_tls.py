@@ -77,7 +77,7 @@ async def test_version(place: Path, parameters: str, says: str) -> None:
     assert says in http.message.replace(", through nginx", "")
 
 
-async def test_no_tls() -> None:
+async def test_no_tls_for_the_doctor() -> None:
     """A port that does not speak TLS is told, and nothing else is asked of it."""
     async with serving(NOBODY, **BRIEF) as service:
         checks = await doctor(service.url.replace("http:", "https:"))

@@ -169,7 +169,7 @@ async def test_search_in_a_chat(node: Scripted, major: str) -> None:
     assert told["text"] == "It rains"
 
 
-async def test_reload_of_a_chat(node: Scripted, grok: Upstream, service: Local, major: str) -> None:
+async def test_reload_in_node(node: Scripted, grok: Upstream, service: Local, major: str) -> None:
     """A page that is loaded again shows all of the answer; another reload, once it is read, shows no error."""
     gate = Gate()
     grok.play(sse(*frames(*NASTY, gate, "end")))

@@ -61,7 +61,7 @@ DEFAULTS = {
 
 
 def test_defaults() -> None:
-    """With nothing set the settings are those of the contract, and an empty or blank variable is not set."""
+    """With nothing set the settings are the defaults, and an empty or blank variable is not set."""
     assert msgspec.structs.asdict(load({})) == DEFAULTS
     assert (
         load({name.upper(): " " for name in DEFAULTS}) == load(dict.fromkeys(map(str.upper, DEFAULTS), "")) == load({})

@@ -84,7 +84,7 @@ def test_advice(name: str) -> None:
 
 
 @pytest.mark.anyio
-async def test_unreachable() -> None:
+async def test_unreachable_of_the_doctor() -> None:
     """A port that never answers is told as that, and so is an address that cannot be."""
     with unreachable() as url, pytest.raises(Unreachable, match="within 0 s: is a firewall closed"):
         await connect(Target.parse(url), within=0.3)

@@ -134,7 +134,7 @@ def test_empty_deltas() -> None:
     assert said(decode(event("response.output_text.delta", delta=None, output_index=0), delta(0, "a"))[0]) == ["a"]
 
 
-def test_refusals() -> None:
+def test_refusals_of_the_responses_api() -> None:
     """A refusal is text, and the reason of the finish."""
     part = {"type": "refusal", "refusal": "No."}
     item = {**message_item(), "content": [part]}
@@ -166,7 +166,7 @@ def test_half_emojis() -> None:
 # Reasoning.
 
 
-def test_reasoning() -> None:
+def test_reasoning_of_the_responses_api() -> None:
     """The summary is told delta by delta, or where none came whole; a new part or item begins a new line."""
     assert reasoning(decode(*reasoned(0, "h", "m"), ended())[0]) == "hm"
     assert reasoning(decode(*reasoned(0), *message(1, "a"), ended())[0]) == ""

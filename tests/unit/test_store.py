@@ -284,7 +284,7 @@ async def test_any_store(store: EventStore) -> None:
     await streams.aclose()
 
 
-async def test_nothing_is_left() -> None:
+async def test_nothing_is_left_of_the_store() -> None:
     """A forgotten stream leaves nothing behind: no frames, no key, no object."""
     store = MemoryStore(PLENTY, PLENTY)
     streams = registry(store, replay_ttl=0.02)

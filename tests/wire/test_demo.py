@@ -105,7 +105,7 @@ async def test_transport(transport: str, status: int) -> None:
         assert (await service.ask()).status_code == status
 
 
-async def test_pace() -> None:
+async def test_pace_of_the_demo() -> None:
     """Whoever asks the demo for a pace gets its words at that pace."""
     async with serving(NOBODY, grok_api_key=None) as service:
         started = monotonic()

@@ -173,7 +173,7 @@ async def test_token_needed() -> None:
     assert within.faults == {}
 
 
-async def test_left_alone() -> None:
+async def test_left_alone_by_the_doctor() -> None:
     """An answer that still runs when it should have been given up is told, and ended."""
     async with serving(NOBODY, **{**BRIEF, "resume_window": 60}) as service:
         told = await doctor(service.url)

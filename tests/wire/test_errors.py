@@ -217,7 +217,7 @@ async def test_internal_error_in_a_stream(
 
 # The code of each outcome is tested somewhere: here, for C3 in test_refusals, or
 ELSEWHERE = {
-    "connect_timeout", "first_token_timeout", "idle_timeout", "stream_timeout",  # test_clocks
+    "connect_timeout", "first_token_timeout", "idle_timeout", "stream_timeout",  # test_timeouts
     "upstream_cut_off", "empty_answer",  # test_chat
     "draining",  # test_shutdown
     "tool_limit",  # test_searches

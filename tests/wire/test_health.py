@@ -158,7 +158,7 @@ async def demo() -> AsyncIterator[Local]:
         yield service
 
 
-async def test_demo(demo: Local) -> None:
+async def test_demo_in_readyz(demo: Local) -> None:
     """Without a key the service is ready, and says what it is."""
     assert await ready(demo) == (200, {"status": "ok", "demo": True})
 

@@ -129,7 +129,7 @@ async def test_status_is_true(script: list[Step], status: int, code: str, fields
         assert not {"Location", "Content-Location"} & set(response.headers)
 
 
-async def test_failure_after_the_hold() -> None:
+async def test_failure_after_the_hold_of_a_stream() -> None:
     """Where Grok takes longer than the hold, the 201 goes out, and the stream tells how it failed, again and again."""
     gate = Gate()
     changes = {"status_hold": 0.05, "replay_ttl": 0.5}

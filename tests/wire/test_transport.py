@@ -657,7 +657,7 @@ async def test_dropped_connection() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a socket filter")
-async def test_lost_connection() -> None:
+async def test_lost_connection_of_the_transport() -> None:
     """A connection on which nothing is acknowledged is lost after a time: one that is used, and all that are idle."""
 
     async def script(peer: Peer) -> None:
@@ -734,7 +734,7 @@ async def test_stale_connection(reset: bool) -> None:
         assert server.connections == 3
 
 
-async def test_expiry() -> None:
+async def test_expiry_of_the_transport() -> None:
     """A connection that is idle for its time is closed without another request; one that is used is not."""
     async with (
         Server(answering(OK, then=silence), answering(*[OK] * 20, then=silence)) as server,
@@ -894,7 +894,7 @@ async def test_endless_overhead(start: bytes, more: bytes) -> None:
     assert MAX_UNREAD <= sum(sent) < 20 * MAX_UNREAD
 
 
-async def test_large_head() -> None:
+async def test_large_head_of_the_transport() -> None:
     """A head that is large but within bounds is read, and does not count against the body."""
     head = b"HTTP/1.1 200 OK\r\nX: %s\r\nContent-Length: 50000\r\n\r\n" % (b"x" * 50_000)
     async with Server(answering(head + b"y" * 50_000, then=silence)) as server:
@@ -983,7 +983,7 @@ async def test_slow_reader_that_sends() -> None:
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 @pytest.mark.parametrize("content", [b"", LARGE], ids=["small", "large"])
-async def test_cancelled(scheme: str, content: bytes) -> None:
+async def test_cancelled_of_the_transport(scheme: str, content: bytes) -> None:
     """Cancelled at any point, a request leaves no connection, no task and no place taken."""
 
     async def deaf(_: Peer) -> None:
