@@ -47,6 +47,7 @@ def main() -> None:
     if arguments.command == "doctor":
         from chatproxy.doctor.command import run as examine  # noqa: PLC0415 -- the service has no use for it
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # interrupted is not the same as all well
         sys.exit(examine(arguments.url, arguments.origin, arguments.token, arguments.json))
     settings = configure(local=arguments.local)
     _allow_many_files()

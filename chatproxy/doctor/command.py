@@ -21,7 +21,7 @@ _NAME = 12
 def run(url: str, origin: str | None = None, token: str | None = None, as_json: bool = False) -> int:
     """Examine the service at `url` and write to standard output.
 
-    Gives the exit code: 1 if anything is wrong, 2 if an address is none, else 0.
+    Gives the exit code: 1 if anything is wrong, 2 if an address is none, 130 if it was interrupted, else 0.
     """
     try:
         target = Target.parse(url)
@@ -29,7 +29,10 @@ def run(url: str, origin: str | None = None, token: str | None = None, as_json: 
     except ValueError as problem:
         sys.stderr.write(f"{problem}\n")
         return 2
-    return anyio.run(_run, target, origin, token, as_json)
+    try:
+        return anyio.run(_run, target, origin, token, as_json)
+    except KeyboardInterrupt:
+        return 130
 
 
 async def _run(target: Target, origin: str | None, token: str | None, as_json: bool) -> int:

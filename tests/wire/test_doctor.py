@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
@@ -12,8 +11,8 @@ import pytest
 from chatproxy.doctor.client import Target
 from chatproxy.doctor.command import examine
 from chatproxy.doctor.visit import Check, Visit
-from tests.conftest import MEASURED, ROOT, free_port, serving
-from tests.upstream import CLOSE, DONE, HANG, Step, Steps, Upstream, chunk, error, frame, sse, stream
+from tests.conftest import serving
+from tests.upstream import CLOSE, DONE, HANG, Steps, Upstream, chunk, error, frame, sse, stream
 
 pytestmark = pytest.mark.anyio
 
@@ -59,22 +58,6 @@ async def doctor(
         )
     )
     return Told(checks, announced)
-
-
-async def command(*arguments: str, **variables: str) -> tuple[int, str, str]:
-    """Exit code and output of the command, run without any setting."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-m", "chatproxy", "doctor", *arguments),
-        cwd=ROOT,
-        env={"PATH": "", "PYTHONIOENCODING": "utf-8", **variables, **MEASURED},
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    async with asyncio.timeout(40):
-        out, err = await process.communicate()
-    assert process.returncode is not None
-    return process.returncode, out.decode(), err.decode()
 
 
 @asynccontextmanager
@@ -144,8 +127,11 @@ async def test_short_answer() -> None:
 
 async def test_lumps_of_grok() -> None:
     """Lumps that may be Grok's own are no fault; a whole answer at one time is."""
-    lump: list[Step] = [frame(chunk({"content": "a"})) * 8, 0.5]
-    async with Upstream(sse(*lump * 6, DONE), stream(*["a"] * 40)) as grok, serving(grok.url) as service:
+    lump = frame(chunk({"content": "a"})) * 8
+    async with (
+        Upstream(sse(lump, 0.5, lump, 0.5, lump, 0.5, lump, DONE), sse(lump * 5, DONE)) as grok,
+        serving(grok.url) as service,
+    ):
         told = [await doctor(service.url), await doctor(service.url)]
     assert told[0].faults == {}
     assert "Grok's own pace" in told[0].checks["tokens"].message
@@ -290,47 +276,6 @@ async def test_not_resumed(routes: Mapping[str, bytes], fault: str, says: str) -
     async with canned({**OURS, **routes}) as url:
         told = await doctor(url)
     assert says in told.faults[fault]
-
-
-@pytest.mark.parametrize("arguments", [["--json"], []])
-async def test_command(arguments: list[str]) -> None:
-    """The report fits on a phone, or is JSON for programs; the exit code is 0 where nothing is wrong."""
-    async with Upstream(PACED) as grok, serving(grok.url, access_tokens=TOKEN) as service:
-        code, out, err = await command(service.url, *arguments, CHATPROXY_TOKEN=TOKEN)
-    assert (code, err) == (0, "")
-    assert TOKEN not in out
-    if arguments:
-        report = json.loads(out)
-        assert (report["url"], report["ok"], report["answer"]) == (service.url, True, "grok")
-        assert [check["name"] for check in report["checks"]][:2] == ["reachable", "TLS"]
-        assert all(set(check) == {"name", "ok", "message", "fixes"} for check in report["checks"])
-    else:
-        lines = out.splitlines()
-        assert max(map(len, lines)) <= 60
-        assert lines[0] == f"chatproxy doctor {service.url}"
-        assert any(line.startswith("✓ tokens      one by one, 30 in ") for line in lines)
-        assert lines[-1] == "Nothing is wrong."
-
-
-async def test_command_finds_faults() -> None:
-    """With anything wrong the exit code is 1, and each line to change is printed."""
-    code, out, _ = await command(f"http://127.0.0.1:{free_port()}")
-    assert code == 1
-    assert "✗ reachable   refused: nothing listens on port" in out
-    assert out.endswith("1 to mend.\n")
-    async with canned({"": response(502, "text/html", b"")}) as url:
-        code, out, _ = await command(url)
-    assert code == 1
-    assert "\n    nginx: proxy_pass http://127.0.0.1:8000;\n" in out
-    assert max(map(len, out.splitlines())) <= 60
-
-
-@pytest.mark.parametrize("arguments", [["chat.example.com"], ["http://a", "--origin", "a"], ["http://a?b"], []])
-async def test_command_is_not_understood(arguments: list[str]) -> None:
-    """What is no address is told as that, with exit code 2."""
-    code, out, err = await command(*arguments)
-    assert (code, out) == (2, "")
-    assert "http" in err or "url" in err
 
 
 async def test_no_such_name() -> None:
