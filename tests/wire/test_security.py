@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from chatproxy.config import load
+from chatproxy.config.timing import Timing
 from chatproxy.server import listen
 from tests.conftest import HI, Caller, Local, environment, failure, refusal, serving, spawned
 from tests.readers import standard
@@ -502,15 +503,15 @@ async def test_request_id_in_every_line() -> None:
 # What never becomes a request.
 
 
-async def test_slow_body(grok: Upstream, service: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_slow_body(grok: Upstream) -> None:
     """A body that does not come is not waited for; what came of it is not used."""
     grok.play()
-    monkeypatch.setattr("chatproxy.routes.bodies.BODY_TIMEOUT", 0.2)
-    for sent in (request(length=str(len(CHAT) + 1)), chunked(b"%x\r\n%b\r\n" % (len(CHAT), CHAT))):
-        async with service.caller() as caller:
-            await caller.send(sent)
-            response = await answer(caller)
-        assert (response.status_code, refusal(response)["code"]) == (408, "body_timeout")
+    async with serving(grok.url, Timing(body_timeout=0.2)) as service:
+        for sent in (request(length=str(len(CHAT) + 1)), chunked(b"%x\r\n%b\r\n" % (len(CHAT), CHAT))):
+            async with service.caller() as caller:
+                await caller.send(sent)
+                response = await answer(caller)
+            assert (response.status_code, refusal(response)["code"]) == (408, "body_timeout")
     assert grok.calls == []
 
 
