@@ -89,7 +89,7 @@ def from_recordings(
 
 
 def refusal(response: httpx.Response) -> dict[str, Any]:
-    """The error that an answer consists of. It has all the fields of C1 and the request's id."""
+    """The error that an answer consists of. It has all of its fields, and the request's id."""
     assert response.headers["Content-Type"] == "application/json"
     return _problem(response.content, response)
 

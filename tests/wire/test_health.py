@@ -1,4 +1,4 @@
-"""Health (F1): whether the loop turns, whether chats are welcome, and early whether the key is any good."""
+"""Health: whether the loop turns, whether chats are welcome, and early whether the key is any good."""
 
 import asyncio
 import logging

@@ -1,4 +1,4 @@
-"""Another try (C5): before the first chunk only, a few times, soon but not at once, and never for nobody."""
+"""Another try: before the first chunk only, a few times, soon but not at once, and never for nobody."""
 
 import asyncio
 import json

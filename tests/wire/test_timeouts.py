@@ -1,4 +1,4 @@
-"""The four clocks (C4): each alone ends a chat with its own code, and nothing else winds it up again."""
+"""The four clocks: each alone ends a chat with its own code, and nothing else winds it up again."""
 
 import asyncio
 import json
@@ -332,7 +332,7 @@ async def test_stream_timeout_of_a_slow_reader() -> None:
 
 
 async def test_half_an_error_body_is_read_for_a_time() -> None:
-    """The body of an error has a clock of its own; what there is of it decides, and the clocks of C4 do not strike."""
+    """The body of an error has a clock of its own; what there is of it decides, and the four clocks do not strike."""
     timing = Timing(error_timeout=SHORT)
     loop = asyncio.get_running_loop()
     start = head(500, {"Content-Type": "text/html", "Connection": "close"})
