@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 from chatproxy.config import Settings
+from chatproxy.config.timing import DEFAULT_TIMING, Timing
 from chatproxy.lifecycle import Lifecycle
 from chatproxy.metrics import Metrics
 from chatproxy.middleware import HostMiddleware, OriginMiddleware, RequestLogMiddleware
@@ -24,7 +25,7 @@ from chatproxy.services.streams import StreamRegistry
 log = logging.getLogger(__name__)
 
 
-def create_app(settings: Settings) -> Starlette:
+def create_app(settings: Settings, timing: Timing = DEFAULT_TIMING) -> Starlette:
     """The service as an ASGI application. What it holds open lives as long as its lifespan.
 
     `app.state.lifecycle` lets a server drain it.
@@ -42,7 +43,7 @@ def create_app(settings: Settings) -> Starlette:
             base_url = settings.grok_base_url
             if settings.grok_api_key is None:
                 base_url = await stack.enter_async_context(demo())
-            grok = Grok(settings, base_url, metrics)
+            grok = Grok(settings, base_url, metrics, timing)
             stack.push_async_callback(grok.aclose)
             metrics.streams_in_flight.set_function(lambda: len(grok.running))
             lifecycle.completions = grok.running
@@ -53,6 +54,7 @@ def create_app(settings: Settings) -> Starlette:
             tasks.start_soon(grok.watch_key)
             yield {
                 "settings": settings,
+                "timing": timing,
                 "metrics": metrics,
                 "lifecycle": lifecycle,
                 "grok": grok,

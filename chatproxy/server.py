@@ -20,6 +20,7 @@ import uvicorn
 
 from chatproxy.app import create_app
 from chatproxy.config import Settings
+from chatproxy.config.timing import DEFAULT_TIMING, Timing
 from chatproxy.connection import HTTPProtocol
 from chatproxy.lifecycle import Lifecycle
 
@@ -67,9 +68,9 @@ def _browsable(host: str) -> str:
 class Server(uvicorn.Server):
     """The service on a socket. `running` is all there is to it: signals are the caller's business."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, timing: Timing = DEFAULT_TIMING) -> None:
         self.settings = settings
-        app = create_app(settings)
+        app = create_app(settings, timing)
         self.lifecycle: Lifecycle = app.state.lifecycle
         self.transports: set[asyncio.Transport] = set()
 

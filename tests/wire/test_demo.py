@@ -1,4 +1,4 @@
-"""Without a key (contract F6): the built-in demo, over the same wire and through the same code."""
+"""Without a key: the built-in demo, over the same wire and through the same code."""
 
 import asyncio
 import json

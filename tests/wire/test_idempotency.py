@@ -1,4 +1,4 @@
-"""The same key and body, the same answer: a POST that is sent again is not paid again (D7)."""
+"""The same key and body, the same answer: a POST that is sent again is not paid again."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Nothing is unbounded (C4, C6): neither places, nor memory, nor the time a stuck reader is waited for."""
+"""Nothing is unbounded: neither places, nor memory, nor the time a stuck reader is waited for."""
 
 import asyncio
 import re

@@ -1,4 +1,4 @@
-"""One log line for each request, when it ends, and one for each resumable answer, when it ends (F3)."""
+"""One log line for each request, when it ends, and one for each resumable answer, when it ends."""
 
 import asyncio
 import json
