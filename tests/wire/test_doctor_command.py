@@ -75,7 +75,7 @@ async def test_command_is_not_understood(arguments: list[str]) -> None:
     assert "http" in err or "url" in err
 
 
-async def test_interrupted() -> None:
+async def test_interrupted_doctor() -> None:
     """Ctrl-C ends it without a traceback."""
     with unreachable() as url:
         process = await started(url)
