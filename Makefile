@@ -8,7 +8,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header pyproject.toml
 
 .DEFAULT_GOAL = help
-.PHONY: help install run check format test cover bench image up smoke lock ci
+.PHONY: help install run doctor check format test cover bench image up smoke lock ci
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -17,6 +17,9 @@ install: $(VENV)/.run  ## Make .venv with the locked requirements of the service
 
 run: $(VENV)/.run  ## Serve on port 8000 of this machine and reload on change; without a key, Grok is a built-in demo
 	$(BIN)/python -m chatproxy --reload --local
+
+doctor: $(VENV)/.run  ## Say what is wrong with a deployed service: make doctor URL=https://chat.example.com
+	$(BIN)/python -m chatproxy doctor $(URL) $(ARGS)
 
 check: $(VENV)/.dev  ## Format, lint and types; Dockerfile and compose file where their tools are installed
 	$(BIN)/ruff format --check && $(BIN)/ruff check && $(BIN)/mypy

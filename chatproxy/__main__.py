@@ -1,4 +1,4 @@
-"""Start the process: environment, settings, server. `python -m chatproxy [--reload] [--local]`"""
+"""Start the process: environment, settings, server. `python -m chatproxy [--reload] [--local]`, or `… doctor URL`"""
 
 import os
 import signal
@@ -33,7 +33,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="chatproxy", description="Grok on a web page, as server-sent events.")
     parser.add_argument("--reload", action="store_true", help="restart when the code changes (development)")
     parser.add_argument("--local", action="store_true", help="without a HOST listen on 127.0.0.1 only")
+    commands = parser.add_subparsers(dest="command", metavar="doctor URL")
+    doctor = commands.add_parser("doctor", help="examine a deployed service; see `doctor --help`")
+    doctor.add_argument("url", help="its address, such as https://chat.example.com")
+    doctor.add_argument("--origin", metavar="URL", help="another site whose pages are to call it")
+    doctor.add_argument(
+        "--token",
+        default=os.environ.get("CHATPROXY_TOKEN"),
+        help="a token that may start answers; better in CHATPROXY_TOKEN",
+    )
+    doctor.add_argument("--json", action="store_true", help="the report for programs")
     arguments = parser.parse_args()
+    if arguments.command == "doctor":
+        from chatproxy.doctor.command import run as examine  # noqa: PLC0415 -- the service has no use for it
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # interrupted is not the same as all well
+        sys.exit(examine(arguments.url, arguments.origin, arguments.token, arguments.json))
     settings = configure(local=arguments.local)
     _allow_many_files()
     try:

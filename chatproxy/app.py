@@ -1,5 +1,6 @@
 """The composition root: settings become an ASGI application. Does not know the environment, nor what a chat is."""
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 from chatproxy.config import Settings
+from chatproxy.config.timing import DEFAULT_TIMING, Timing
 from chatproxy.lifecycle import Lifecycle
 from chatproxy.metrics import Metrics
 from chatproxy.middleware import HostMiddleware, OriginMiddleware, RequestLogMiddleware
@@ -20,6 +22,8 @@ from chatproxy.services.grok.demo import demo
 from chatproxy.services.limits import BodyMemory, Concurrency, MemoryRateLimiter, RateLimiter, ReaderLimit
 from chatproxy.services.store import MemoryStore, StoreState
 from chatproxy.services.streams import StreamRegistry
+
+log = logging.getLogger(__name__)
 
 
 class Shared(NamedTuple):
@@ -32,16 +36,16 @@ class Shared(NamedTuple):
 
 
 @asynccontextmanager
-async def _shared(settings: Settings, metrics: Metrics, grok: Grok) -> AsyncIterator[Shared]:
+async def _shared(settings: Settings, metrics: Metrics, grok: Grok, timing: Timing) -> AsyncIterator[Shared]:
     readers = ReaderLimit(settings)
     if settings.redis_url is None:
         store = MemoryStore(settings.replay_bytes, settings.replay_total_bytes)
         streams = StreamRegistry(store, settings, readers, metrics)
         yield Shared(streams, MemoryRateLimiter(settings.rate_limit), Concurrency(settings), store)
         return
-    from chatproxy.services.redis.replicas import Replicas  # noqa: PLC0415 -- a third of the start; not needed by others
+    from chatproxy.services.redis.replicas import Replicas  # noqa: PLC0415 -- slow, and of no use to others
 
-    replicas = Replicas(settings)
+    replicas = Replicas(settings, timing)
     metrics.store_available.set_function(lambda: replicas.commands.available)
     grok.on_rate_limited = replicas.remember_rate_limit
     streams = StreamRegistry(replicas.store, settings, readers, metrics, replicas.directory)
@@ -49,7 +53,7 @@ async def _shared(settings: Settings, metrics: Metrics, grok: Grok) -> AsyncIter
         yield Shared(streams, replicas.rate_limiter, replicas.concurrency, replicas.commands)
 
 
-def create_app(settings: Settings) -> Starlette:
+def create_app(settings: Settings, timing: Timing = DEFAULT_TIMING) -> Starlette:
     """The service as an ASGI application. What it holds open lives as long as its lifespan.
 
     `app.state.lifecycle` lets a server drain it.
@@ -59,20 +63,25 @@ def create_app(settings: Settings) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[AppState]:
+        if settings.grok_api_key is None:
+            log.warning("GROK_API_KEY is not set: answers come from the built-in demo, not from Grok")
+        for warning in settings.warnings:
+            log.warning("%s", warning)
         async with AsyncExitStack() as stack:
             base_url = settings.grok_base_url
             if settings.grok_api_key is None:
                 base_url = await stack.enter_async_context(demo())
-            grok = Grok(settings, base_url, metrics)
+            grok = Grok(settings, base_url, metrics, timing)
             stack.push_async_callback(grok.aclose)
             metrics.streams_in_flight.set_function(lambda: len(grok.running))
             lifecycle.completions = grok.running
-            shared = await stack.enter_async_context(_shared(settings, metrics, grok))
+            shared = await stack.enter_async_context(_shared(settings, metrics, grok, timing))
             stack.push_async_callback(shared.streams.aclose)
             tasks = await stack.enter_async_context(anyio.create_task_group())
             tasks.start_soon(grok.watch_key)
             yield {
                 "settings": settings,
+                "timing": timing,
                 "metrics": metrics,
                 "lifecycle": lifecycle,
                 "grok": grok,

@@ -28,20 +28,28 @@ class LazyApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, or the lifespan. Wrong settings are reported as a failed start."""
         if scope["type"] == "lifespan":
-            try:
-                settings = load_environment()
-            except Invalid as invalid:
+            problems = self._start()
+            if problems is not None:
                 await receive()
-                await send({"type": "lifespan.startup.failed", "message": str(invalid)})
+                # Outside of any `except`: hypercorn's `send` raises, and would show our exception as the cause.
+                await send({"type": "lifespan.startup.failed", "message": problems})
                 return
-            logs.configure(settings.log_level, settings.log_format)
-            app = create_app(settings)
-            for middleware, args, kwargs in self._middleware:
-                app.add_middleware(middleware, *args, **kwargs)
-            self._app = app
         if self._app is None:
             raise RuntimeError("chatproxy needs an ASGI server that runs the lifespan")
         await self._app(scope, receive, send)
+
+    def _start(self) -> str | None:
+        """Read the environment and make the application; gives what is wrong with the settings, a line for each."""
+        try:
+            settings = load_environment()
+        except Invalid as invalid:
+            return str(invalid)
+        logs.configure(settings.log_level, settings.log_format)
+        app = create_app(settings)
+        for middleware, args, kwargs in self._middleware:
+            app.add_middleware(middleware, *args, **kwargs)
+        self._app = app
+        return None
 
 
 app = LazyApp()

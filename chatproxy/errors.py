@@ -10,7 +10,7 @@ The sentences are for a front-end developer; upstream's own words never get in h
 """
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class ChatError(Exception):
@@ -41,6 +41,10 @@ class ChatError(Exception):
         self.param = param
         self.headers = headers or {}
         super().__init__(self.message)
+
+    def copy(self) -> Self:
+        """The same for another one who is told: raising an error adds to its traceback."""
+        return type(self)(self.message, param=self.param, retry_after=self.retry_after, headers=self.headers)
 
 
 def by_code(code: str) -> type[ChatError]:

@@ -20,6 +20,7 @@ import uvicorn
 
 from chatproxy.app import create_app
 from chatproxy.config import Settings
+from chatproxy.config.timing import DEFAULT_TIMING, Timing
 from chatproxy.connection import HTTPProtocol
 from chatproxy.lifecycle import Lifecycle
 
@@ -67,9 +68,9 @@ def _browsable(host: str) -> str:
 class Server(uvicorn.Server):
     """The service on a socket. `running` is all there is to it: signals are the caller's business."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, timing: Timing = DEFAULT_TIMING) -> None:
         self.settings = settings
-        app = create_app(settings)
+        app = create_app(settings, timing)
         self.lifecycle: Lifecycle = app.state.lifecycle
         self.transports: set[asyncio.Transport] = set()
 
@@ -139,10 +140,6 @@ async def serve(settings: Settings, sock: socket.socket, *, reloading: bool = Fa
                 host = sock.getsockname()[0]
                 host = f"[{host}]" if ":" in host else host
                 log.info("listening on %s:%d: open http://%s:%d", host, port, _browsable(host), port)
-                if settings.grok_api_key is None:
-                    log.warning("GROK_API_KEY is not set: answers come from the built-in demo, not from Grok")
-                for warning in settings.warnings:
-                    log.warning("%s", warning)
                 await anext(signals)
                 log.info("draining: no new chats; running ones have %g s", settings.drain_timeout)
                 tasks.start_soon(_exit_at_next, signals, 0.5 if reloading else 0.0)

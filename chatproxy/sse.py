@@ -137,6 +137,8 @@ def encode(data: str, type: str | None = None, id: str | None = None) -> bytes:
     """
     if "\n" in data:
         data = data.replace("\n", "\ndata: ")
+    if type is id is None:
+        return f"data: {data}\n\n".encode()
     head = f"event: {type}\n" if type else ""
     tail = f"id: {id}\n" if id else ""
     return f"{head}data: {data}\n{tail}\n".encode()

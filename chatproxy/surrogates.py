@@ -27,26 +27,22 @@ def has_half(json: bytes) -> bool:
 class HalfJoiner:
     """Joins what was cut inside a pair: the first half is kept back until the next piece of the text is here."""
 
-    __slots__ = ("_half",)
+    __slots__ = ("pending",)
 
     def __init__(self) -> None:
-        self._half = ""
+        self.pending = ""
+        """The half that is kept back, if any."""
 
     def feed(self, text: str) -> str:
         """The text, which may have halves in it, as far as it is whole."""
-        text, self._half = self._half + text, ""
+        text, self.pending = self.pending + text, ""
         if text and "\ud800" <= text[-1] <= "\udbff":
-            text, self._half = text[:-1], text[-1]
+            text, self.pending = text[:-1], text[-1]
         if _HALF.search(text):
             text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         return text
 
     def flush(self) -> str:
         """What is left when the text has ended."""
-        rest, self._half = self._half and REPLACEMENT, ""
+        rest, self.pending = self.pending and REPLACEMENT, ""
         return rest
-
-    @property
-    def pending(self) -> bool:
-        """Whether a half is kept back."""
-        return bool(self._half)

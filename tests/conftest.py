@@ -16,7 +16,7 @@
                 caller.reset()
 
 * `serving(upstream_url, **changes)`: the service in this loop, on a free port. Changes are settings by their lower-case
-  names; None takes one away. `service.settings`, `.url`, `.port`, `.client`.
+  names; None takes one away; `timing` is for what no setting changes. `service.settings`, `.url`, `.port`, `.client`.
 * `spawned(upstream_url, **changes)`: the same as a process of its own, `python -m chatproxy`, for signals, exit codes
   and memory: also `.pid`, `.process`, `.stderr` (so far), `await .exit_code(within)`. Killed at the end if need be.
 * `environment(upstream_url, **changes)`: the variables that both are given.
@@ -48,6 +48,7 @@ import pytest
 from _pytest.mark import ParameterSet
 
 from chatproxy import config
+from chatproxy.config.timing import DEFAULT_TIMING, Timing
 from chatproxy.server import Server
 from tests import readers
 from tests.upstream import RESET_ON_CLOSE, Upstream
@@ -88,7 +89,7 @@ def from_recordings(
 
 
 def refusal(response: httpx.Response) -> dict[str, Any]:
-    """The error that an answer consists of. It has all the fields of C1 and the request's id."""
+    """The error that an answer consists of. It has all of its fields, and the request's id."""
     assert response.headers["Content-Type"] == "application/json"
     return _problem(response.content, response)
 
@@ -316,10 +317,10 @@ def _client(port: int) -> httpx.AsyncClient:
 
 
 @asynccontextmanager
-async def serving(upstream_url: str, **changes: object) -> AsyncIterator[Local]:
-    """The service in this loop, on a free port, stopped at the end."""
+async def serving(upstream_url: str, timing: Timing = DEFAULT_TIMING, /, **changes: object) -> AsyncIterator[Local]:
+    """The service in this loop, on a free port, stopped at the end. `timing`: what no setting changes."""
     settings = config.load(environment(upstream_url, **changes))
-    async with Server(settings).running() as port, _client(port) as client:
+    async with Server(settings, timing).running() as port, _client(port) as client:
         yield Local(port, client, settings)
 
 

@@ -175,29 +175,16 @@ def searched(index: int, query: str) -> list[bytes]:
     ]
 
 
-def events(
-    *deltas: str | Step, finish: str | None = "stop", usage: bool = True, reasoning: Iterable[str] = ()
-) -> list[Step]:
-    """The events of one answer: as `tests.upstream.frames` for Chat Completions, but there is no `[DONE]`."""
+def answer(*deltas: str | Step, finish: str = "stop", reasoning: Iterable[str] = ()) -> list[Step]:
+    """A whole answer as Grok streams it: as `tests.upstream.stream` on Chat Completions, but there is no `[DONE]`."""
     thoughts, tokens = [*reasoning], [item for item in deltas if isinstance(item, str)]
     index = 1 if thoughts else 0
     played: list[Step] = [CREATED, IN_PROGRESS, *(reasoned(0, *thoughts) if thoughts else []), *opened(index)]
     played += [delta(index, item) if isinstance(item, str) else item for item in deltas]
     text = "".join(tokens)
-    output = [*([reasoning_item("".join(thoughts))] if thoughts else []), message_item(*[text] if tokens else [])]
-    told = USAGE if usage else None
-    match finish:
-        case "stop":
-            played += [*(closed(index, text) if tokens else []), ended(None, output, told)]
-        case "length":  # nothing is closed before it
-            played.append(ended("max_output_tokens", output, told))
-        case _:
-            pass
-    return played
-
-
-def answer(
-    *deltas: str | Step, finish: str | None = "stop", usage: bool = True, reasoning: Iterable[str] = ()
-) -> list[Step]:
-    """A whole answer as Grok streams it."""
-    return sse(*events(*deltas, finish=finish, usage=usage, reasoning=reasoning))
+    output = [*([reasoning_item("".join(thoughts))] if thoughts else []), message_item(text)]
+    if finish == "stop":
+        played += [*closed(index, text), ended(None, output)]
+    else:  # nothing is closed before it
+        played.append(ended("max_output_tokens", output))
+    return sse(*played)

@@ -24,6 +24,8 @@ closes", so that the bytes on the wire are the body and nothing else; `error` is
     sse(frame(chunk({"content": "a"})), b": ping\n\n", 0.1, DONE)
     error(503, {"code": "...", "error": "..."}, {"Retry-After": "3"})
 
+That is Chat Completions; the same for the Responses API is in `tests.responses`. A call of either is a chat call.
+
 What was seen: `upstream.calls` (chat calls only), `upstream.probes` (GET /v1/api-key, answered by `key`),
 `upstream.strays` (anything else, answered 404), `upstream.connections`, `upstream.open`, `upstream.playing`;
 `upstream.play(*scripts)` forgets the calls and plays others from then on.

@@ -112,8 +112,8 @@ FILES = ("REDIS_URL_FILE",)
 # The built-in demo is on this machine, and needs neither certificates nor a proxy.
 FOR_GROK_ONLY = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 
-# What Kubernetes sets for a service named `grok`, and another company's key.
-OTHERS = re.compile(r"GROK_(SERVICE_(HOST|PORT)|PORT)(_\w+)?|GROQ_API_KEY")
+# What Kubernetes sets for a service named `grok`, and names of another company.
+OTHERS = re.compile(r"GROK_(SERVICE_(HOST|PORT)|PORT)(_\w+)?|GROQ_\w+")
 
 
 def variables() -> list[str]:
@@ -209,6 +209,9 @@ def _way_out(read: dict[str, Any], environ: Mapping[str, str]) -> list[str]:
             read["proxy"] = Secret(proxies.parse(value))
         except ValueError:
             problems.append(f"{name}: {proxies.EXPECTED}")
+        name, value = proxies.exceptions(environ)
+        if any(quote in value for quote in values.QUOTES):
+            problems.append(f"{name}: is in quotes; leave them out")
     if path := environ.get("SSLKEYLOGFILE"):
         try:
             values.writable(path)
@@ -222,6 +225,9 @@ def _warnings(settings: Settings) -> list[str]:
     warnings = []
     if settings.grok_api_key is not None and values.leaves_in_clear(settings.grok_base_url):
         warnings.append("GROK_BASE_URL is http:// to another machine: the API key can be read on the way")
+    prompt = settings.system_prompt or ""
+    if len(prompt) > 1 and prompt[0] in values.QUOTES and prompt[-1] in values.QUOTES:
+        warnings.append("SYSTEM_PROMPT is in quotes, and Grok is sent them: Docker's --env-file takes them literally")
     if "*" in settings.allowed_origins:
         warnings.append("ALLOWED_ORIGINS is *: any web page may spend this key's credits")
     return warnings
@@ -232,16 +238,25 @@ def _unknown(environ: Mapping[str, str]) -> list[str]:
     known = [*variables(), *proxies.VARIABLES]
     warnings = []
     for name in sorted(environ):
-        spelt = name.upper()
         if name in known or name.lower() in map(str.lower, proxies.VARIABLES) or OTHERS.fullmatch(name):
             continue
-        # Short names (HOST, PORT) are almost like those of many other programs.
-        likely = next((word for word in get_close_matches(spelt, known, 1, 0.88) if len(word) >= 8), None)
+        likely = _likely(name.upper(), known)
         if likely and not environ.get(likely, "").strip():
             warnings.append(f"{name} is not a setting and counts for nothing: is {likely} meant?")
         elif name.startswith("GROK_"):
             warnings.append(f"{name} is not a setting and counts for nothing")
     return warnings
+
+
+def _likely(name: str, known: list[str]) -> str | None:
+    """The variable that is meant by this name, if it is like one."""
+    if name.startswith(("GROK_", "XAI_")):
+        ours = [word for word in known if word.startswith(("GROK_", "XAI_"))]
+        matches = get_close_matches(name.replace("XAI_", "GROK_", 1), ours, 1, 0.75)
+    else:
+        # Short names (HOST, PORT) are almost like those of many other programs.
+        matches = get_close_matches(name, [word for word in known if len(word) >= 8], 1, 0.88)
+    return matches[0] if matches else None
 
 
 _PARSERS: dict[str, Any] = {

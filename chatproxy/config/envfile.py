@@ -12,17 +12,20 @@ from pathlib import Path
 from dotenv.parser import Binding, parse_stream
 
 _NAME = re.compile(r"[A-Za-z_][\w.-]*")
+_BARE_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
 
 
 def read(path: Path, known: Collection[str]) -> tuple[dict[str, str], list[str]]:
     """The variables of the file (of none, if there is no file), and one line for each problem, without any content.
 
-    A name without `=` is a problem if it is among the `known` ones; of others it is ignored, as python-dotenv does.
+    A word without `=` is a problem if it is one of the `known` names, or is not in upper case as names are: it may be
+    a value that was moved to a line of its own. Other names are ignored, as by python-dotenv.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        return {}, []
+        # A link that leads nowhere, as to a secret that is not mounted, was meant to be a file.
+        return {}, [f"{path}: is a link to a file that does not exist"] if path.is_symlink() else []
     except (OSError, UnicodeDecodeError) as error:
         return {}, [f"{path}: cannot be read ({type(error).__name__})"]
     values: dict[str, str] = {}
@@ -47,7 +50,8 @@ def _problem(binding: Binding, known: Collection[str]) -> str | None:
         return "cannot be read: expected NAME=value, with every quote closed"
     if binding.key is None:  # a comment, or blank
         return None
-    if not _NAME.fullmatch(binding.key) or (binding.value is None and binding.key in known):
+    pattern = _BARE_NAME if binding.value is None else _NAME
+    if not pattern.fullmatch(binding.key) or (binding.value is None and binding.key in known):
         return "cannot be read: expected NAME=value"
     _, *more = binding.original.string.strip().splitlines()
     for line in more:

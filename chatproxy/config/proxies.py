@@ -24,13 +24,18 @@ def find(url: str, environ: Mapping[str, str]) -> tuple[str, str] | None:
     """The variable that names the proxy for this http or https address, and its value; None if there is none."""
     parts = urlsplit(url)
     port = parts.port or PORTS[parts.scheme]
-    if bypassed(parts.hostname or "", port, _value("no_proxy", environ)[1]):
+    if bypassed(parts.hostname or "", port, exceptions(environ)[1]):
         return None
     for kind in (parts.scheme, "all"):
         name, value = _value(f"{kind}_proxy", environ)
         if value and not (name == "HTTP_PROXY" and "REQUEST_METHOD" in environ):
             return name, value
     return None
+
+
+def exceptions(environ: Mapping[str, str]) -> tuple[str, str]:
+    """The variable that names the hosts that no proxy is for, and its value."""
+    return _value("no_proxy", environ)
 
 
 def without_other_case(values: Mapping[str, str], real: Mapping[str, str]) -> dict[str, str]:

@@ -18,7 +18,9 @@ from chatproxy.config.proxies import HOSTNAME, PORTS
 QUOTES = "\"'`\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb"
 
 # The resources of xAI's API, one of which is easily copied along with the address.
-ENDPOINT = re.compile(r"/((chat/)?completions|responses|embeddings|messages|models|api-key|images/generations)$")
+ENDPOINT = re.compile(
+    r"/((chat/)?completions|responses|embeddings|messages|models|api-key|images/generations)$", re.IGNORECASE
+)
 
 # How OpenSSL names the files of a directory of certificates (`openssl rehash`).
 HASHED = re.compile(r"[0-9a-f]{8}\.\d+")
@@ -44,6 +46,8 @@ def api_key_file(path: str) -> str:
 
 
 def secret_file(path: str) -> str:
+    if path[0] in QUOTES:
+        raise ValueError("is in quotes; leave them out")
     try:
         with Path(path).open("rb") as file:
             return file.read(MAX_KEY_FILE).decode("utf-8-sig").strip()
@@ -83,6 +87,9 @@ def redis_prefix(value: str) -> str:
 def model(value: str) -> str:
     if any(quote in value for quote in QUOTES):
         raise ValueError("is in quotes; leave them out")
+    # Docker's --env-file takes a comment behind a value for a part of it.
+    if not re.fullmatch(r"\S+", value):
+        raise ValueError("expected a name without spaces")
     return value
 
 
@@ -92,15 +99,16 @@ def number(value: str) -> str:
 
 
 def base_url(value: str) -> str:
-    url = urlsplit(value)
-    if url.scheme not in PORTS or not _is_plain(url) or not re.fullmatch(r"[\x21-\x7e]+", value):
+    if any(quote in value for quote in QUOTES):
+        raise ValueError("is in quotes; leave them out")
+    url = _split_url(value, "expected an http or https address such as https://api.x.ai/v1")
+    if url.scheme not in PORTS:
         raise ValueError("expected an http or https address such as https://api.x.ai/v1")
-    origin(value)  # its port is one
     path = url.path.rstrip("/")
     if match := ENDPOINT.search(path):
         raise ValueError(f"expected the address without {match[0]}, which is added to it")
-    if url.hostname and re.fullmatch(r"(.+\.)?api\.x\.ai", url.hostname) and not re.match(r"/v\d", path):
-        raise ValueError("expected an address with the version of the API, such as https://api.x.ai/v1")
+    if url.hostname and re.fullmatch(r"(.+\.)?api\.x\.ai", url.hostname) and not re.fullmatch(r"/v\d+", path):
+        raise ValueError("expected an address that ends in the version of the API, such as https://api.x.ai/v1")
     return value.rstrip("/")
 
 
@@ -116,12 +124,12 @@ def leaves_in_clear(url: str) -> bool:
 
 
 def origins(value: str) -> Iterator[str]:
+    rule = "expected origins such as https://example.com, separated by commas"
     for item in items(value):
-        url = urlsplit(item)
         if item == "*":
             yield item
-        elif not _is_plain(url) or url.path not in ("", "/") or re.search(r"\s", item):
-            raise ValueError("expected origins such as https://example.com, separated by commas")
+        elif _split_url(item, rule).path not in ("", "/"):
+            raise ValueError(rule)
         else:
             yield origin(item)
 
@@ -134,11 +142,17 @@ def origin(url: str) -> str:
     return f"{parts.scheme}://{host}{port}"
 
 
-def _is_plain(url: SplitResult) -> bool:
-    """Whether it is a scheme and a host, or a path there, and nothing more."""
-    return bool(url.scheme and HOSTNAME.fullmatch(url.hostname or "")) and not (
-        url.query or url.fragment or url.username is not None
-    )
+def _split_url(value: str, rule: str) -> SplitResult:
+    """The parts of a URL that is a scheme and a host, or a path there, and nothing more."""
+    try:
+        url = urlsplit(value)
+        port = url.port
+    except ValueError:  # its text quotes the value, and a password that is in it
+        raise ValueError(rule) from None
+    plain = re.fullmatch(r"[\x21-\x7e]+", value) and not re.search(r"[?#@]", value)
+    if not plain or not url.scheme or not HOSTNAME.fullmatch(url.hostname or "") or port == 0:
+        raise ValueError(rule)
+    return url
 
 
 def host(value: str) -> str:

@@ -28,7 +28,7 @@ from chatproxy.events import (
     Usage,
 )
 from chatproxy.formats import Asked, encode_error, encode_json, encode_string
-from chatproxy.formats.requests import decode_body, join_texts
+from chatproxy.formats.requests import TextJoiner, decode_body
 
 Role = Literal["user", "assistant", "system"]
 
@@ -108,16 +108,15 @@ def decode_request(body: bytes, request_id: str, *, model: str, created: int, ma
 def _read_messages(given: Sequence[CompletionMessage]) -> list[Message]:
     if not given:
         raise InvalidRequest("messages: Expected at least one.", param="messages")
-    messages = []
+    messages, texts = [], TextJoiner()
     for number, message in enumerate(given):
-        where = f"messages[{number}]"
+        where, is_last = f"messages[{number}]", number == len(given) - 1
         if message.role not in _ROLES:
             param = f"{where}.role"
             raise InvalidRequest(f'{param}: Expected "user", "assistant", "system" or "developer".', param=param)
-        is_last = number == len(given) - 1
         text = message.content or ""
         if isinstance(text, list):
-            text = join_texts(text, f"{where}.content", (lambda _: True) if is_last else None)
+            text = texts.join(text, f"{where}.content", (lambda _: True) if is_last else None)
         if text:
             messages.append(Message(_ROLES[message.role], text))
         elif is_last:

@@ -84,6 +84,8 @@ class Plain:
     keep_alive = sse.KEEP_ALIVE
     whole: ClassVar[bool] = False
 
+    __slots__ = ("_frame", "_include", "_reasoning", "_request_id", "_text")
+
     def __init__(self, request_id: str, include: Collection[Include] = (), frame: EncodeFrame = sse.encode) -> None:
         self._request_id = request_id
         self._include = include
@@ -96,8 +98,8 @@ class Plain:
         frames: list[bytes] = []
         for event in events:
             match event:
-                case TextDelta():
-                    frames += [frame(data, None) for data in self._text.feed(event.text)]
+                case TextDelta(text=text):
+                    frames += [frame(data, None) for data in self._text.feed(text)]
                 case ReasoningDelta() if "reasoning" in self._include:
                     frames += [frame(data, "reasoning") for data in self._reasoning.feed(event.text)]
                 case ToolCall() if "tools" in self._include:

@@ -7,7 +7,7 @@ import msgspec
 from msgspec import Raw, Struct
 
 from chatproxy import surrogates
-from chatproxy.errors import InvalidJSON, InvalidRequest
+from chatproxy.errors import InvalidJSON, InvalidRequest, TooManyMessages
 
 T = TypeVar("T")
 
@@ -49,33 +49,45 @@ class _Part(Struct):
     text: Raw = Raw()
 
 
+_NO_OBJECT = _Part()
 _part_decoder = msgspec.json.Decoder(_Part)
 _string_decoder = msgspec.json.Decoder(str)
 
 
-def join_texts(parts: Sequence[Raw], where: str, is_refused: Callable[[bytes], bool] | None) -> str:
-    """The texts of a message's parts, joined; parts of other types are left out.
+# Parts of all messages together. Each is looked at in Python, and nobody else is served meanwhile.
+MAX_PARTS = 20_000
 
-    `is_refused` gets the type of each of those as JSON (empty if it has none). `where` names the parts in errors.
-    Raises InvalidRequest, or InvalidJSON where an escape in a text is none.
-    """
-    texts = []
-    for number, raw in enumerate(parts):
-        try:
-            part = _part_decoder.decode(raw)
-        except msgspec.ValidationError:  # no object
-            part = _Part()
-        type = bytes(part.type)
-        if type == b'"text"':
-            try:
-                texts.append(decode_body(_string_decoder, bytes(part.text) or b"null"))
-            except InvalidRequest:
-                param = f"{where}[{number}].text"
-                raise InvalidRequest(f"{param}: Expected `str`.", param=param) from None
-        elif is_refused is not None and is_refused(type):
-            param = f"{where}[{number}]"
-            raise InvalidRequest(f"{param}: Grok gets text only from this service.", param=param)
-    return "".join(texts)
+
+class TextJoiner:
+    """Gives the text of one message after the other of a conversation. `where` names a message's parts in errors."""
+
+    def __init__(self) -> None:
+        self._left = MAX_PARTS
+
+    def join(self, parts: Sequence[Raw], where: str, is_refused: Callable[[bytes], bool] | None) -> str:
+        """The texts of a message's parts, joined; parts of other types are left out.
+
+        `is_refused` gets the type of each of those as JSON (empty if it has none). Raises InvalidRequest, or
+        InvalidJSON where an escape in a text is none, or TooManyMessages where there are more parts than anybody sends.
+        """
+        self._left -= len(parts)
+        if self._left < 0:
+            raise TooManyMessages(param="messages")
+        texts = []
+        for number, raw in enumerate(parts):
+            json = bytes(raw)
+            part = _part_decoder.decode(json) if json[:1] == b"{" else _NO_OBJECT
+            type = bytes(part.type)
+            if type == b'"text"':
+                try:
+                    texts.append(decode_body(_string_decoder, bytes(part.text) or b"null"))
+                except InvalidRequest:
+                    param = f"{where}[{number}].text"
+                    raise InvalidRequest(f"{param}: Expected `str`.", param=param) from None
+            elif is_refused is not None and is_refused(type):
+                param = f"{where}[{number}]"
+                raise InvalidRequest(f"{param}: Grok gets text only from this service.", param=param)
+        return "".join(texts)
 
 
 def _explain(problem: str) -> InvalidRequest:

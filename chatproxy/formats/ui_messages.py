@@ -30,7 +30,7 @@ from chatproxy.events import (
 )
 from chatproxy.formats import Asked, EncodeFrame, encode_json, encode_string
 from chatproxy.formats.plain import Include
-from chatproxy.formats.requests import decode_body, join_texts
+from chatproxy.formats.requests import TextJoiner, decode_body
 
 ALL: frozenset[Include] = frozenset(("reasoning", "finish", "tools", "citations"))
 
@@ -104,14 +104,15 @@ def recognizes(body: bytes) -> bool:
 
 
 def decode_request(body: bytes, _: str) -> Asked:
-    """What a request body asks for. Raises InvalidJSON or InvalidRequest."""
+    """What a request body asks for. Raises InvalidJSON, InvalidRequest or TooManyMessages."""
     request = decode_body(_decoder, body)
     last = len(request.messages) - 1
     messages = []
+    texts = TextJoiner()
     for number, message in enumerate(request.messages):
         where = f"messages[{number}].parts"
         # The page keeps a message that was refused in its history, and must be able to go on.
-        text = join_texts(message.parts, where, _is_file if number == last else None)
+        text = texts.join(message.parts, where, _is_file if number == last else None)
         # After a failure `useChat` keeps an answer without text, and sends it with every later turn.
         if text:
             messages.append(Message(message.role, text))

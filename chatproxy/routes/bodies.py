@@ -12,9 +12,6 @@ from chatproxy.routes.state import AppState
 from chatproxy.services.access import Caller
 from chatproxy.services.limits import BodyHold
 
-# Seconds. A client that needs longer for a megabyte is holding a connection rather than using it.
-BODY_TIMEOUT = 60.0
-
 # Characters.
 MAX_IDEMPOTENCY_KEY = 255
 
@@ -44,7 +41,7 @@ async def read_body(request: Request[AppState], hold: BodyHold) -> bytes:
     pieces: list[bytes] = []
     size = 0
     try:
-        with anyio.fail_after(BODY_TIMEOUT):
+        with anyio.fail_after(request.state["timing"].body_timeout):
             async for piece in request.stream():
                 size += len(piece)
                 hold.grow(len(piece))

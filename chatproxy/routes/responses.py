@@ -150,12 +150,9 @@ class EventSourceResponse(StreamingResponse):
         upstream: "HasReadTime | None" = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(frames, headers=headers)  # type: ignore[arg-type] # batches of frames, not bytes
-        own = [(b"content-type", format.content_type), *STREAM_HEADERS]
-        own += [(name.lower().encode(), value.encode("latin-1")) for name, value in format.headers.items()]
-        self.raw_headers = own + [field for field in self.raw_headers if field[0] != b"content-type"]
-        self._frames = frames
         self._format = format
+        super().__init__(frames, headers=headers)  # type: ignore[arg-type] # batches of frames, not bytes
+        self._frames = frames
         self._metrics = metrics
         self._upstream = upstream
         self._keep_alive_interval = settings.keep_alive
@@ -165,6 +162,12 @@ class EventSourceResponse(StreamingResponse):
         self._writing = False
         self._wrote_at = 0.0
         self._pulse: asyncio.Task[None] | None = None  # the status line or a comment, on its way
+
+    def init_headers(self, headers: Mapping[str, str] | None = None) -> None:
+        """The fields of every stream, those of the format, and the response's own."""
+        own = {**self._format.headers, **(headers or {})}
+        self.raw_headers = [(b"content-type", self._format.content_type), *STREAM_HEADERS]
+        self.raw_headers += [(name.lower().encode(), value.encode("latin-1")) for name, value in own.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Write it all."""

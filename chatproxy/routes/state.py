@@ -3,6 +3,7 @@
 from typing import NotRequired, TypedDict
 
 from chatproxy.config import Settings
+from chatproxy.config.timing import Timing
 from chatproxy.lifecycle import Lifecycle
 from chatproxy.metrics import Metrics
 from chatproxy.routes.responses import RequestContext
@@ -16,6 +17,7 @@ class AppState(TypedDict):
     """`request.state` of every route."""
 
     settings: Settings
+    timing: Timing
     metrics: Metrics
     lifecycle: Lifecycle
     grok: Grok

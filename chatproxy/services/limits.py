@@ -133,6 +133,8 @@ class Concurrency:
 
 
 class _MemoryLease:
+    __slots__ = ("_id", "_running")
+
     def __init__(self, running: Tally, id: str) -> None:
         self._running = running
         self._id = id
@@ -184,6 +186,8 @@ class BodyMemory:
 class BodyHold:
     """The bytes that one request holds. `release` it once they are gone; later calls change nothing."""
 
+    __slots__ = ("_memory", "_size")
+
     def __init__(self, memory: BodyMemory) -> None:
         self._memory = memory
         self._size = 0
@@ -206,6 +210,8 @@ class Admitted(Generic[T]):
 
     Entering it takes the lease, asks Grok, and gives back the request body's memory: Grok's first chunk is here then.
     """
+
+    __slots__ = ("_body", "_caller", "_concurrency", "_summary", "_upstream")
 
     def __init__(
         self,

@@ -48,7 +48,13 @@ async def relay(
             try:
                 async for received in source:
                     for event in received:
-                        _count(event, summary)
+                        if type(event) is TextDelta:
+                            if not summary.deltas:
+                                summary.first_token_ms = round((time.monotonic() - summary.started_at) * 1000, 1)
+                            summary.deltas += 1
+                            summary.characters += len(event.text)
+                        else:
+                            _count(event, summary)
                     events += received
                     if source.ended:
                         break
@@ -80,11 +86,6 @@ async def relay(
 
 def _count(event: Event, summary: StreamSummary) -> None:
     match event:
-        case TextDelta():
-            if not summary.deltas:
-                summary.first_token_ms = round((time.monotonic() - summary.started_at) * 1000, 1)
-            summary.deltas += 1
-            summary.characters += len(event.text)
         case ReasoningDelta():
             summary.characters += len(event.text)
         case ToolCall(tool=tool, status="started"):

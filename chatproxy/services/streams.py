@@ -7,16 +7,14 @@ replicas are reading are found through a `Directory`, and then read like those o
 import asyncio
 import logging
 import re
-from collections.abc import AsyncGenerator, Coroutine, Iterator
-from contextlib import aclosing, contextmanager
-from typing import Any
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 import anyio
 
 from chatproxy import sse
 from chatproxy.config import Settings
 from chatproxy.errors import (
-    Abandoned,
     ChatError,
     InternalError,
     InvalidLastEventID,
@@ -31,6 +29,7 @@ from chatproxy.events import Failed
 from chatproxy.metrics import Metrics
 from chatproxy.services.access import Caller
 from chatproxy.services.limits import ReaderLimit
+from chatproxy.services.readers import Readers
 from chatproxy.services.relay import Batch, Frames
 from chatproxy.services.resumable import (
     FINAL_EVENT_NUMBER,
@@ -44,9 +43,6 @@ from chatproxy.services.store import EventStore
 log = logging.getLogger(__name__)
 
 RECONNECTION_TIME = 2000  # milliseconds that a browser waits before it reconnects
-
-# Seconds between two looks at whether other replicas still have readers of an answer that nobody reads here.
-UNREAD_CHECK = 1.0
 
 
 class StreamRegistry:
@@ -63,7 +59,7 @@ class StreamRegistry:
         self._store = store
         self._directory = directory or SingleReplica()
         self._settings = settings
-        self._readers = readers
+        self._readers = Readers(readers, settings.resume_window, self._directory)
         self._metrics = metrics
         self._streams: dict[str, ResumableStream] = {}
         self._keys: dict[tuple[str, str], ResumableStream] = {}
@@ -107,7 +103,7 @@ class StreamRegistry:
         """Forget a stream that was not started, because of that error. Whoever waits for it gets the same one."""
         del self._streams[stream.id]
         stream.upstream = None
-        self._refuse(stream, _copy(error) if isinstance(error, ChatError) else StoreUnavailable())
+        self._refuse(stream, error.copy() if isinstance(error, ChatError) else StoreUnavailable())
         stream.first_chunk_or_error.set()
         stream.claimed.set()
 
@@ -115,11 +111,13 @@ class StreamRegistry:
         """Begin to read the answer, whoever listens. It takes the place of an older one with the same name."""
         if stream.name:
             self._names[stream.name] = stream
-        self._start_task(self._run(stream, batches))
+        task = asyncio.create_task(self._run(stream, batches))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def wait_for_status(self, stream: ResumableStream, caller: Caller) -> None:
         """Wait until the status of a stream is known, at most STATUS_HOLD seconds. Raises ChatError."""
-        with self._attached(stream, caller):
+        with self._readers.attached(stream, caller):
             await self._wait_for_status(stream)
 
     def follow(self, stream: ResumableStream, caller: Caller) -> AsyncGenerator[Frames, None]:
@@ -128,7 +126,7 @@ class StreamRegistry:
 
     async def replay(self, stream: ResumableStream, after: int, caller: Caller) -> AsyncGenerator[Frames, None]:
         """What comes after that number: first what is kept, then what is still to come."""
-        with self._attached(stream, caller):
+        with self._readers.attached(stream, caller):
             if not stream.status_sent:
                 await self._wait_for_status(stream)
             async with aclosing(self._read(stream, after)) as batches:
@@ -175,6 +173,7 @@ class StreamRegistry:
 
     async def aclose(self) -> None:
         """End every stream without a word."""
+        self._readers.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -183,7 +182,7 @@ class StreamRegistry:
         with anyio.move_on_after(self._settings.status_hold):
             await stream.first_chunk_or_error.wait()
         if stream.error is not None and not stream.status_sent:
-            raise _copy(stream.error)
+            raise stream.error.copy()
         stream.status_sent = True
 
     async def _read(self, stream: ResumableStream, after: int) -> AsyncGenerator[Frames, None]:
@@ -289,43 +288,3 @@ class StreamRegistry:
             del self._keys[stream.key]
         if stream.name and self._names.get(stream.name) is stream:
             del self._names[stream.name]
-
-    @contextmanager
-    def _attached(self, stream: ResumableStream, caller: Caller) -> Iterator[None]:
-        """Somebody reads. When nobody does any more, Grok is cancelled after the resume window. Raises ChatError."""
-        with self._readers.reading(stream.id, caller):
-            stream.readers += 1
-            if stream.abandon_timer:
-                stream.abandon_timer.cancel()
-            try:
-                yield
-            finally:
-                stream.readers -= 1
-                if not stream.readers and stream.upstream is not None:
-                    # Whoever left before the status, and gave no key or name, has no way to come back.
-                    can_return = not stream.disowned and (stream.status_sent or stream.key or stream.name)
-                    window = self._settings.resume_window if can_return else 0
-                    loop = asyncio.get_running_loop()
-                    stream.abandon_timer = loop.call_later(window, self._abandon, stream, window)
-
-    def _abandon(self, stream: ResumableStream, window: float) -> None:
-        stream.abandon_timer = self._start_task(self._abandon_unless_read(stream, window))
-
-    async def _abandon_unless_read(self, stream: ResumableStream, window: float) -> None:
-        while window and await self._directory.has_readers(stream):
-            while await self._directory.has_readers(stream):  # noqa: ASYNC110 -- nobody tells when they leave
-                await asyncio.sleep(UNREAD_CHECK)
-            await asyncio.sleep(window)
-        if stream.upstream is not None:
-            stream.upstream.cancel_with(Abandoned())
-
-    def _start_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-
-def _copy(error: ChatError) -> ChatError:
-    """The same for another one who is told: raising an error adds to its traceback."""
-    return type(error)(error.message, param=error.param, retry_after=error.retry_after, headers=error.headers)

@@ -32,7 +32,7 @@ FEWER_ROUNDS, FEWER_QUICK_ROUNDS = 3, 1
 HOPELESS = {("thousand", "httpx")}
 
 # What compares the service with itself.
-ALONE = {("apis", "nginx"), ("apis", "httpx")}
+ALONE = {("apis", "nginx"), ("apis", "httpx"), ("formats", "nginx"), ("formats", "httpx")}
 
 # Its pool takes 17 s to open a thousand connections.
 SLOW = {("memory", "httpx")}

@@ -5,20 +5,46 @@ As little work per read as Python can do; everything is looked at after the meas
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import ceil
 from time import monotonic
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 from tests.bench.processes import Target
-from tests.bench.script import BODY_END, FRAME_END, check, unchunk
+from tests.bench.script import (
+    BODY_END,
+    FRAME_END,
+    Reader,
+    check,
+    texts_of_service,
+    texts_of_ui_messages,
+    texts_of_upstream,
+    unchunk,
+)
+
+
+class Format(NamedTuple):
+    """How an answer of the service is asked for, and read."""
+
+    path: str
+    message: Callable[[str], dict[str, Any]]
+    fields: dict[str, object]
+    read: Reader
+
+
+FORMATS = {
+    "plain": Format("/api/chat", lambda text: {"content": text}, {}, texts_of_service),
+    "ui": Format("/api/chat", lambda text: {"parts": [{"type": "text", "text": text}]}, {}, texts_of_ui_messages),
+    "openai": Format("/v1/chat/completions", lambda text: {"content": text}, {"stream": True}, texts_of_upstream),
+}
 
 
 class Caller(asyncio.Protocol):
     """One connection, on which one answer is asked for after the other."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, format: Format = FORMATS["plain"]) -> None:
         self.target = target
+        self.format = format
         self.tokens = 0
         self.rate = self.start = self.asked = 0.0
 
@@ -39,7 +65,8 @@ class Caller(asyncio.Protocol):
         """Ask for so many tokens; the future is done with the last. They are due as `upstream` describes it."""
         self.tokens, self.rate, self.start = tokens, rate, start
         play = f"play {tokens} tokens, {rate:f} per second, from {start:f}"
-        return self.ask("POST /api/chat", json.dumps({"messages": [{"role": "user", "content": play}]}))
+        path, message, fields, _ = self.format
+        return self.ask(f"POST {path}", json.dumps({"messages": [{"role": "user", **message(play)}], **fields}))
 
     def ask(self, line: str, body: str = "") -> asyncio.Future[None]:
         """Send a request; the future is done with the end of the answer."""
@@ -80,13 +107,14 @@ class Caller(asyncio.Protocol):
 
     def check(self) -> int:
         """The number of tokens received: all that were asked for, if the answer has ended. Raises WrongAnswerError."""
-        return check(bytes(self.received), raw=self.target.raw, tokens=self.tokens if self.end.done() else None)
+        tokens = self.tokens if self.end.done() else None
+        return check(bytes(self.received), raw=self.target.raw, tokens=tokens, read=self.format.read)
 
 
-async def connect(target: Target) -> Caller:
+async def connect(target: Target, format: str = "plain") -> Caller:
     """A caller with an open connection."""
     loop = asyncio.get_running_loop()
-    _, caller = await loop.create_connection(lambda: Caller(target), "127.0.0.1", target.port)
+    _, caller = await loop.create_connection(lambda: Caller(target, FORMATS[format]), "127.0.0.1", target.port)
     return caller
 
 

@@ -54,6 +54,8 @@ ROWS = {
     ),
     "thousand": Row("CPU per token, 1,000 streams x 20 tokens/s", "µs"),
     "flood": Row("CPU per token, flood", "µs", (Limit("≤ 8 x nginx", "nginx", times=8),)),
+    "ui": Row("CPU per token of a UI message stream, 100 x 50", "x plain", (Limit("≤ 1.6", plus=1.6),)),
+    "openai": Row("CPU per token of OpenAI's chunks, 100 x 50", "x plain", (Limit("≤ 1.6", plus=1.6),)),
     "short": Row(
         "CPU per stream of 10 tokens, one after the other",
         "µs",

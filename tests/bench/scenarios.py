@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from time import monotonic
 
-from tests.bench.load import Caller, connect, leave
+from tests.bench.load import FORMATS, Caller, connect, leave
 from tests.bench.processes import Target
 from tests.bench.script import CHAT, FRAME_END, RESPONSES, check
 
@@ -43,12 +43,14 @@ async def exactness(target: Target) -> int:
     return total
 
 
-async def steady(target: Target, streams: int, rate: float, window: float) -> tuple[float, float]:
+async def steady(
+    target: Target, streams: int, rate: float, window: float, format: str = "plain"
+) -> tuple[float, float]:
     """CPU microseconds per token, and by how many milliseconds the latest percent is late."""
     begin, phase = monotonic() + 0.3 + streams / 1000, random.Random(streams)  # noqa: S311 -- the same for every proxy
     callers = []
     for _ in range(streams):
-        caller = await connect(target)
+        caller = await connect(target, format)
         caller.play(ENDLESS, rate, begin + phase.random() / rate)
         callers.append(caller)
     for caller in callers:
@@ -103,6 +105,12 @@ async def flood_cost(target: Target, window: float) -> float:
     used = target.cpu() - before
     leave(callers)
     return used / sum(caller.check() for caller in callers) * 1e6
+
+
+async def formats(lab: Lab, name: str) -> Values:
+    """100 streams of 50 tokens a second in each format: by how much the others cost more than our own."""
+    costs = {format: (await steady(lab.targets[name], 100, 50, lab.window, format))[0] for format in FORMATS}
+    return {format: cost / costs["plain"] for format, cost in costs.items() if format != "plain"}
 
 
 async def short(lab: Lab, name: str) -> Values:
@@ -211,6 +219,7 @@ SCENARIOS: dict[str, Scenario] = {
     "light": light,
     "paced": paced,
     "flood": flood,
+    "formats": formats,
     "short": short,
     "busy": busy,
     "first": first_token,

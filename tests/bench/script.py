@@ -26,6 +26,9 @@ TOKENS = re.findall(r" ?\w+|[^\w\s]+\n*|\s+", TEXT)
 # so that tokens can be counted in what a socket gave before anything is parsed.
 FRAME_END = b"\n\n"
 
+# Gives the texts in some events, and the done marker.
+Reader = Callable[[bytes], Iterator[str]]
+
 # No token reads like this.
 DONE = "[DONE]"
 
@@ -140,11 +143,12 @@ def frames(start: int, count: int, wire: Wire = CHAT) -> bytes:
     return b"".join(parts)
 
 
-def check(received: bytes, *, raw: bool, tokens: int | None = None) -> int:
+def check(received: bytes, *, raw: bool, tokens: int | None = None, read: Reader | None = None) -> int:
     """The number of tokens in an answer whose every byte is as the script has it.
 
-    `raw` says that it is the upstream's own stream (through nginx, say) and not the service's. With `tokens` the
-    answer must be whole and that long; without, it was cut by us and must be right as far as it goes.
+    `raw` says that it is the upstream's own stream (through nginx, say) and not the service's, whose events `read`
+    reads if they are not of its own format. With `tokens` the answer must be whole and that long; without, it was cut
+    by us and must be right as far as it goes.
     """
     head, begun, coded = received.partition(b"\r\n\r\n")
     if tokens is None and not begun:
@@ -153,7 +157,8 @@ def check(received: bytes, *, raw: bool, tokens: int | None = None) -> int:
         raise WrongAnswerError(f"not an event stream: {head[:200]!r}")
     body, ended = unchunk(coded)
     events, _, rest = body.rpartition(FRAME_END)
-    texts = list(texts_of_upstream(events) if raw else texts_of_service(events))
+    read = texts_of_upstream if raw else read or texts_of_service
+    texts = list(read(events))
     done = texts[-1:] == [DONE]
     if done:
         texts.pop()
@@ -201,3 +206,13 @@ def texts_of_service(events: bytes) -> Iterator[str]:
         if not all(line.startswith(b"data: ") for line in lines):
             raise WrongAnswerError(f"not an event of data alone: {event[:80]!r}")
         yield b"\n".join(line[6:] for line in lines).decode()
+
+
+def texts_of_ui_messages(events: bytes) -> Iterator[str]:
+    """The text of each of a UI message stream's deltas, and the done marker."""
+    for event in filter(None, events.split(FRAME_END)):
+        data = event.removeprefix(b"data: ")
+        if data == DONE.encode():
+            yield DONE
+        elif (chunk := json.loads(data))["type"] == "text-delta":
+            yield chunk["delta"]

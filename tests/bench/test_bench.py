@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from chatproxy.events import Done, Event, Finished, Started, TextDelta
+from chatproxy.formats.openai import Chunks
+from chatproxy.formats.ui_messages import UIMessages
 from tests.bench import processes
+from tests.bench.load import FORMATS
 from tests.bench.report import Limit, table
 from tests.bench.scenarios import exactness
 from tests.bench.script import HEAD, TAIL, TOKENS, WrongAnswerError, check, frames, piece
@@ -72,6 +76,19 @@ def test_wrong_answers(wrong: bytes) -> None:
     """Whatever differs is noticed."""
     with pytest.raises(WrongAnswerError):
         check(wrong, raw=False, tokens=COUNT)
+
+
+def test_other_formats() -> None:
+    """The service's other formats are read as well as its own."""
+    texts: list[Event] = [Started(), *map(TextDelta, ASKED), Finished(), Done()]
+    for format, encoder in (
+        ("ui", UIMessages("m")),
+        ("openai", Chunks("r", "m", 0, include_usage=False)),
+    ):
+        events = HEAD + b"".join(piece(frame) for frame in encoder.encode(texts)) + b"0\r\n\r\n"
+        assert check(events, raw=False, tokens=COUNT, read=FORMATS[format].read) == COUNT
+        with pytest.raises(WrongAnswerError):
+            check(events.replace(b"relay", b"Relay", 1), raw=False, tokens=COUNT, read=FORMATS[format].read)
 
 
 def test_wrong_byte() -> None:

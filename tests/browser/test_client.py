@@ -69,7 +69,7 @@ async def loaded(
 
 @pytest.mark.parametrize("resumable", [True, False])
 @pytest.mark.parametrize("origin", ORIGINS)
-async def test_answer(page: Page, site: Site, origin: str, resumable: bool) -> None:
+async def test_answer_through_the_client(page: Page, site: Site, origin: str, resumable: bool) -> None:
     """The exact text, as it comes, whole at the end, and event by event; Grok gets what was said."""
     gate = Gate()
     script = stream("first", gate, *TOKENS, reasoning=["h", "m\n"])
@@ -215,7 +215,7 @@ async def test_closed(page: Page, site: Site, origin: str) -> None:
         await upstream.calls[0].hung_up()
 
 
-async def test_restarted(page: Page, site: Site) -> None:
+async def test_restarted_through_the_client(page: Page, site: Site) -> None:
     """After a restart of the service the answer is gone: that is told, and Grok is not asked again."""
     async with (
         loaded(page, site, stream("half", HANG), drain_timeout=0) as (upstream, _, relay),

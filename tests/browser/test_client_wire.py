@@ -205,7 +205,7 @@ async def test_wait_without_end(client: Page) -> None:
     assert await client.evaluate("waits") == [1000] * 4
 
 
-async def test_unreachable(client: Page) -> None:
+async def test_unreachable_told_by_the_client(client: Page) -> None:
     """A service that is not reached is asked five times, with the same key and growing waits."""
     ended = await play(client, headers={"X-Tenant": "b"}, token="t")  # noqa: S106 -- no secret
     assert (ended["code"], ended["status"], ended["message"]) == (

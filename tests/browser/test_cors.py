@@ -94,7 +94,7 @@ async def test_refusal(page: Page, site: Site, case: Case) -> None:
         assert await page.evaluate(FETCH, [url, case.ask]) == [case.status, case.code, True, case.retry_after]
 
 
-async def test_unreachable(page: Page, site: Site) -> None:
+async def test_unreachable_across_origins(page: Page, site: Site) -> None:
     """The same where there is no Grok."""
     with refusing() as refused, unreachable() as silent:
         for base_url, status, code in (

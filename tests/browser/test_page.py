@@ -95,7 +95,7 @@ async def test_reasoning(page: Page) -> None:
 
 
 @pytest.mark.parametrize("way", ["Escape", "button"])
-async def test_stop(page: Page, way: str) -> None:
+async def test_stop_on_the_page(page: Page, way: str) -> None:
     """Stop hangs up at once, keeps what had come, and the next question carries it."""
     async with (
         Upstream(stream("half", HANG), stream("whole")) as upstream,
@@ -114,7 +114,7 @@ async def test_stop(page: Page, way: str) -> None:
         await expect(button(page, "Try again")).to_have_count(0)
 
 
-async def test_stop_before_anything(page: Page) -> None:
+async def test_stop_before_anything_on_the_page(page: Page) -> None:
     """Stop is at once for whoever pressed it before anything came; Grok is hung up when the stream has an address."""
     async with Upstream([HANG]) as upstream, serving(upstream.url, status_hold=1) as service:
         await page.goto(service.url)
@@ -148,7 +148,7 @@ async def test_access_token(page: Page) -> None:
         await expect(token).to_be_focused()
 
 
-async def test_closed(page: Page) -> None:
+async def test_closed_on_the_page(page: Page) -> None:
     """Closing the page hangs up at once."""
     async with Upstream(stream("half", HANG)) as upstream, serving(upstream.url) as service:
         await page.goto(service.url)
@@ -158,7 +158,7 @@ async def test_closed(page: Page) -> None:
         await upstream.calls[0].hung_up()
 
 
-async def test_under_a_prefix(page: Page) -> None:
+async def test_under_a_prefix_on_the_page(page: Page) -> None:
     """Behind a proxy with a path prefix the page asks, resumes and stops under that prefix."""
     async with (
         Upstream(stream("half", HANG)) as upstream,

@@ -54,7 +54,7 @@ async def test_lost_connection(page: Page) -> None:
         assert len(upstream.calls) == 1
 
 
-async def test_unreachable(page: Page) -> None:
+async def test_unreachable_told_by_the_page(page: Page) -> None:
     """A service that stays away is an error that can be retried."""
     async with Upstream(stream("back")) as upstream, serving(upstream.url) as service, Relay(service.port) as relay:
         await page.goto(relay.url)
@@ -134,7 +134,7 @@ async def test_soon_again(page: Page) -> None:
         assert len(upstream.calls) == 2
 
 
-async def test_failed(page: Page) -> None:
+async def test_failed_told_by_the_page(page: Page) -> None:
     """A failure in the middle keeps the text; a retry begins the answer anew."""
     async with (
         Upstream(stream("half", CLOSE), stream("whole")) as upstream,

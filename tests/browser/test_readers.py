@@ -58,7 +58,7 @@ async def end(page: Page) -> Any:
 
 
 @pytest.mark.parametrize("reader", READERS)
-async def test_answer(page: Page, site: Site, reader: str) -> None:
+async def test_answer_in_a_reader(page: Page, site: Site, reader: str) -> None:
     """Every reader gives the exact text, as it comes, and knows when it is complete."""
     gate = Gate()
     async with (
@@ -75,7 +75,7 @@ async def test_answer(page: Page, site: Site, reader: str) -> None:
 
 
 @pytest.mark.parametrize("reader", READERS)
-async def test_refused(page: Page, site: Site, reader: str) -> None:
+async def test_refused_in_a_reader(page: Page, site: Site, reader: str) -> None:
     """A refusal is an error with the service's code and sentence, and is not asked again."""
     full = error(503, {"code": "at capacity", "error": "The service is at capacity."})
     async with (
@@ -92,7 +92,7 @@ async def test_refused(page: Page, site: Site, reader: str) -> None:
 
 
 @pytest.mark.parametrize("reader", READERS)
-async def test_failed(page: Page, site: Site, reader: str) -> None:
+async def test_failed_in_a_reader(page: Page, site: Site, reader: str) -> None:
     """A failure in the middle is an error too, after the text that had come."""
     async with (
         Upstream(stream("half an ", "answ", CLOSE)) as upstream,
@@ -133,7 +133,7 @@ async def test_aborted(page: Page, site: Site) -> None:
 
 
 @pytest.mark.parametrize("reader", RESUMING)
-async def test_resumed(page: Page, site: Site, reader: str) -> None:
+async def test_resumed_in_a_reader(page: Page, site: Site, reader: str) -> None:
     """Through lost connections, inside an event and between two, the text is exact and asked for once."""
     gate = Gate()
     async with (
@@ -154,7 +154,7 @@ async def test_resumed(page: Page, site: Site, reader: str) -> None:
 
 
 @pytest.mark.parametrize("reader", RESUMING)
-async def test_restarted(page: Page, site: Site, reader: str) -> None:
+async def test_restarted_in_a_reader(page: Page, site: Site, reader: str) -> None:
     """After a restart of the service the answer is gone: the reader says so, and Grok is not asked again."""
     async with (
         Upstream(stream("half", HANG)) as upstream,

@@ -1,7 +1,9 @@
 """Any answer arrives exactly, however it is cut into deltas and its bytes into reads."""
 
 import json
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -97,6 +99,62 @@ def streams(draw: st.DrawFn) -> tuple[list[str], list[str], list[bytes]]:
     data = body.encode() + upstream.DONE
     cuts = sorted(draw(st.lists(st.integers(1, len(data) - 1), max_size=6)))
     return reasoning, answer, [data[a:b] for a, b in pairwise([0, *cuts, len(data)])]
+
+
+UI = {"messages": [{"role": "user", "parts": [{"type": "text", "text": "Hi"}]}]}
+OPENAI = {"messages": [{"role": "user", "content": "Hi"}]}
+
+
+def ui_texts(body: bytes) -> tuple[str, str]:
+    """Reasoning and text of a UI message stream, in every reader of event streams."""
+    texts = []
+    for reader in READERS:
+        *events, end = reader(body)
+        assert end.data == readers.DONE
+        chunks = [json.loads(event.data) for event in events if event.data]  # httpx-sse makes events of comments
+        deltas: dict[str, list[str]] = {"reasoning-delta": [], "text-delta": []}
+        for chunk in chunks:
+            deltas.get(chunk["type"], []).append(chunk.get("delta", ""))
+        texts.append(("".join(deltas["reasoning-delta"]), "".join(deltas["text-delta"])))
+    assert texts == [texts[0]] * len(READERS)
+    return texts[0]
+
+
+def chunk_texts(body: bytes) -> tuple[str, str]:
+    """Those of OpenAI's chunks, read line by line as some clients do, with every line break that Python knows."""
+    lines = [line.removeprefix("data: ") for line in body.decode().splitlines() if line]
+    assert lines[-1] == readers.DONE
+    found = [json.loads(line)["choices"][0]["delta"] for line in lines[:-1]]
+    return "".join(d.get("reasoning_content", "") for d in found), "".join(d.get("content", "") for d in found)
+
+
+def whole_texts(body: bytes) -> tuple[str, str]:
+    """Those of one JSON."""
+    message = json.loads(body)["choices"][0]["message"]
+    return message.get("reasoning_content", ""), message["content"]
+
+
+FORMATS: list[tuple[str, dict[str, Any], Callable[[bytes], tuple[str, str]]]] = [
+    ("/api/chat", UI, ui_texts),
+    ("/api/chat", {**UI, "resumable": True}, ui_texts),
+    ("/v1/chat/completions", {**OPENAI, "stream": True}, chunk_texts),
+    ("/v1/chat/completions", OPENAI, whole_texts),
+]
+
+
+@pytest.mark.anyio
+@given(stream=streams())
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+async def test_other_formats_are_exact(
+    grok: Upstream, service: Local, stream: tuple[list[str], list[str], list[bytes]]
+) -> None:
+    """In JSON not even the line breaks are folded: text and reasoning are what Grok has sent, in each format."""
+    reasoning, answer, pieces = stream
+    grok.play(upstream.sse(*pieces))
+    for path, body, texts in FORMATS:
+        response = await service.client.post(path, json=body)
+        assert response.status_code == 200
+        assert texts(response.content) == ("".join(reasoning), "".join(answer))
 
 
 @pytest.mark.anyio

@@ -134,7 +134,7 @@ APACHE_SITE = """
     ProxyPass / http://@service@/
 </VirtualHost>
 """
-APACHE_MODULES = "mpm_event authz_core proxy proxy_http deflate filter"
+APACHE_MODULES = "mpm_event authz_core proxy proxy_http deflate filter env"
 APACHE = Proxy(
     program="apache2",
     arguments=("-DFOREGROUND", "-d", "@place@", "-f", "configuration"),

@@ -30,7 +30,7 @@ class Uncompressed(Live):
 
 @each
 @pytest.mark.parametrize("site", ["stock", "compressing", "snippet"])
-async def test_token_by_token(proxy: Proxy, site: str) -> None:
+async def test_token_by_token_through_proxies(proxy: Proxy, site: str) -> None:
     """Each token is there before the next one is sent, and the text is exact."""
     gates = [Gate() for _ in TEXTS]
     burst = [f"{number}\r\n" for number in range(500)]
@@ -73,7 +73,7 @@ async def test_no_delay() -> None:
 
 
 @each
-async def test_silence(proxy: Proxy) -> None:
+async def test_silence_through_proxies(proxy: Proxy) -> None:
     """A Grok that thinks for longer than the proxy would wait is waited for: the comments keep the stream alive."""
     before, between = Gate(), Gate()
     async with (
@@ -107,7 +107,7 @@ async def test_impatience(proxy: Proxy) -> None:
 
 
 @each
-async def test_leaving(proxy: Proxy) -> None:
+async def test_leaving_through_proxies(proxy: Proxy) -> None:
     """A caller who leaves is noticed through the proxy, with the next comment at the latest, and Grok is hung up on."""
     async with (
         Upstream(stream("Hel", HANG)) as upstream,

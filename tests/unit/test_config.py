@@ -64,7 +64,7 @@ DEFAULTS = {
 
 
 def test_defaults() -> None:
-    """With nothing set the settings are those of the contract, and an empty or blank variable is not set."""
+    """With nothing set the settings are the defaults, and an empty or blank variable is not set."""
     assert msgspec.structs.asdict(load({})) == DEFAULTS
     assert (
         load({name.upper(): " " for name in DEFAULTS}) == load(dict.fromkeys(map(str.upper, DEFAULTS), "")) == load({})
@@ -132,6 +132,7 @@ def test_defaults() -> None:
         ("KEEP_ALIVE", ".5", 0.5),
         ("DRAIN_TIMEOUT", ".25", 0.25),
         ("SYSTEM_PROMPT", '"Quoted" on purpose', '"Quoted" on purpose'),
+        ("SYSTEM_PROMPT", '"', '"'),
         ("DRAIN_TIMEOUT", "0", 0.0),
         ("RESUME_WINDOW", "1", 1.0),
         ("REPLAY_TTL", "1", 1.0),
@@ -151,7 +152,7 @@ def test_values(variable: str, text: str, value: object) -> None:
 
 QUOTED = "is in quotes; leave them out"
 HOST = "expected an address such as 127.0.0.1 or ::, or a host name, without port"
-VERSION = "expected an address with the version of the API, such as https://api.x.ai/v1"
+VERSION = "expected an address that ends in the version of the API, such as https://api.x.ai/v1"
 ENDPOINT = "expected the address without"
 ADDED = ", which is added to it"
 TOOLS = "expected web_search, x_search or both, separated by a comma"
@@ -230,7 +231,11 @@ TOKENS = "expected tokens of 16 or more letters, digits and ._~+/- separated by 
         ("ALLOWED_ORIGINS", "https://*.a.example", f"{ORIGINS}, not 'https://*.a.example'"),
         ("ALLOWED_ORIGINS", "https://b\u00fccher.example", f"{ORIGINS}, not 'https://b\u00fccher.example'"),
         ("ALLOWED_ORIGINS", "null", f"{ORIGINS}, not 'null'"),
-        ("ALLOWED_ORIGINS", "https://a:x", "port could not be cast to integer value as 'x', not 'https://a:x'"),
+        ("ALLOWED_ORIGINS", "https://a:x", f"{ORIGINS}, not 'https://a:x'"),
+        ("ALLOWED_ORIGINS", "https://a:0", f"{ORIGINS}, not 'https://a:0'"),
+        ("ALLOWED_ORIGINS", "https://[::1", f"{ORIGINS}, not 'https://[::1'"),
+        ("ALLOWED_ORIGINS", "https://a.example?", f"{ORIGINS}, not 'https://a.example?'"),
+        ("ALLOWED_ORIGINS", "https://a.example/#", f"{ORIGINS}, not 'https://a.example/#'"),
         ("ALLOWED_HOSTS", "a.example:80", f"{HOSTS}, not 'a.example:80'"),
         ("ALLOWED_HOSTS", "*.a.example", f"{HOSTS}, not '*.a.example'"),
         ("RATE_LIMIT", "20", f"{RATE}, not '20'"),
@@ -242,19 +247,27 @@ TOKENS = "expected tokens of 16 or more letters, digits and ._~+/- separated by 
         ("GROK_BASE_URL", "https://user:canary@api.x.ai/v1", ADDRESS),
         ("GROK_BASE_URL", "https://api.x.ai/v1?key=canary", ADDRESS),
         ("GROK_BASE_URL", "https://api.x.ai/v1 canary", ADDRESS),
-        ("GROK_BASE_URL", "http://api.x.ai:99999/canary", "port out of range 0-65535"),
+        ("GROK_BASE_URL", "http://api.x.ai:99999/canary", ADDRESS),
+        ("GROK_BASE_URL", "https://user:canary/2@api.x.ai/v1", ADDRESS),
+        ("GROK_BASE_URL", "https://\u2100:canary@api.x.ai/v1", ADDRESS),
+        ("GROK_BASE_URL", "https://api.x.ai:0/v1", ADDRESS),
+        ("GROK_BASE_URL", "https://api.x.ai/v1#", ADDRESS),
+        ("GROK_BASE_URL", 'https://gateway/canary"', QUOTED),
         ("GROK_BASE_URL", "ftp://api.x.ai/v1", ADDRESS),
         ("GROK_BASE_URL", "https://api.x.ai", VERSION),
         ("GROK_BASE_URL", "https://us-east-1.api.x.ai/canary/", VERSION),
+        ("GROK_BASE_URL", "https://api.x.ai/v1/chat", VERSION),
+        ("GROK_BASE_URL", "https://api.x.ai/v1/Chat/Completions", f"{ENDPOINT} /Chat/Completions{ADDED}"),
         ("GROK_BASE_URL", "https://api.x.ai/v1/chat/completions", f"{ENDPOINT} /chat/completions{ADDED}"),
         ("GROK_BASE_URL", "http://gateway/canary/responses/", f"{ENDPOINT} /responses{ADDED}"),
         ("GROK_BASE_URL", "http://gateway/models", f"{ENDPOINT} /models{ADDED}"),
         ("GROK_API_KEY", '"canary"', QUOTED),
         ("GROK_API_KEY", "canary\u201d", QUOTED),
         ("XAI_API_KEY", "'canary'", QUOTED),
-        ("GROK_API_KEY_FILE", '"/canary"', "cannot be read (FileNotFoundError)"),
+        ("GROK_API_KEY_FILE", '"/canary"', QUOTED),
         ("GROK_MODEL", '"grok-4.3"', f"{QUOTED}, not '\"grok-4.3\"'"),
         ("GROK_MODEL", "grok-4.3'", f'{QUOTED}, not "grok-4.3\'"'),
+        ("GROK_MODEL", "grok-4.3 # the best", "expected a name without spaces, not 'grok-4.3 # the best'"),
         ("GROK_REASONING_EFFORT", "'low'", f"{QUOTED}, not \"'low'\""),
         ("PORT", '"8000"', f"{QUOTED}, not '\"8000\"'"),
         ("LOG_LEVEL", "'info'", f"{QUOTED}, not \"'info'\""),
@@ -404,12 +417,12 @@ USUAL = re.findall(
 HOME HOSTNAME LOGNAME LANG LC_ALL PATH PWD OLDPWD SHELL SHLVL TERM TZ USER DISPLAY EDITOR PAGER TMPDIR MAIL _
 SSH_AUTH_SOCK SSH_CONNECTION XDG_RUNTIME_DIR XDG_SESSION_ID DBUS_SESSION_BUS_ADDRESS GIT_SSL_CAINFO FTP_PROXY
 RSYNC_PROXY PYTHONPATH PYTHONUNBUFFERED PYTHON_VERSION GPG_KEY VIRTUAL_ENV PIP_INDEX_URL NIX_SSL_CERT_FILE
-REQUESTS_CA_BUNDLE
-CURL_CA_BUNDLE NODE_EXTRA_CA_CERTS NODE_ENV DEBUG CI GITHUB_TOKEN GITHUB_ACTIONS OPENAI_API_KEY ANTHROPIC_API_KEY
-GROQ_API_KEY GEMINI_API_KEY AWS_REGION AWS_ACCESS_KEY_ID KUBERNETES_SERVICE_HOST KUBERNETES_PORT_443_TCP_ADDR REDIS_URL
-REDIS_PORT GROK_SERVICE_HOST GROK_SERVICE_PORT GROK_PORT GROK_PORT_80_TCP GROK_PORT_80_TCP_PROTO CHATPROXY_PORT
-BIND_ADDRESS SITE_ADDRESS SITE_BIND_ADDRESS NETWORK UPSTREAM COMPOSE_PROFILES XAI_RECORDINGS REQUIRE_ALL
-HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY http_proxy https_proxy all_proxy no_proxy host port
+REQUESTS_CA_BUNDLE CURL_CA_BUNDLE NODE_EXTRA_CA_CERTS NODE_ENV DEBUG CI GITHUB_TOKEN GITHUB_ACTIONS OPENAI_API_KEY
+ANTHROPIC_API_KEY GROQ_API_KEY GROQ_BASE_URL GEMINI_API_KEY AWS_REGION AWS_ACCESS_KEY_ID KUBERNETES_SERVICE_HOST
+KUBERNETES_PORT_443_TCP_ADDR REDIS_URL REDIS_PORT GROK_SERVICE_HOST GROK_SERVICE_PORT GROK_PORT GROK_PORT_80_TCP
+GROK_PORT_80_TCP_PROTO CHATPROXY_PORT BIND_ADDRESS SITE_ADDRESS SITE_BIND_ADDRESS NETWORK UPSTREAM COMPOSE_PROFILES
+XAI_RECORDINGS REQUIRE_ALL HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY http_proxy https_proxy all_proxy no_proxy host
+port
 """,
 )
 
@@ -427,7 +440,11 @@ def test_usual_variables() -> None:
         ("MAX_STREAM", "MAX_STREAMS"),
         ("ACCESS_TOKEN", "ACCESS_TOKENS"),
         ("RATELIMIT", "RATE_LIMIT"),
-        ("XAI_APIKEY", "XAI_API_KEY"),
+        ("XAI_APIKEY", "GROK_API_KEY"),
+        ("XAI_API_KEY_FILE", "GROK_API_KEY_FILE"),
+        ("XAI_BASE_URL", "GROK_BASE_URL"),
+        ("GROK_URL", "GROK_BASE_URL"),
+        ("GROK_TIMEOUT", None),
         ("allowed_hosts", "ALLOWED_HOSTS"),
         ("HTTPS_PROXYS", "HTTPS_PROXY"),
         ("GROK_VOICE", None),
@@ -439,6 +456,17 @@ def test_misspelt_variables(name: str, likely: str | None) -> None:
     assert load({name: "canary"}).warnings == (f"{warning}: is {likely} meant?" if likely else warning,)
     if likely == "MAX_STREAMS":
         assert load({name: "1", likely: "1"}).warnings == ()
+
+
+def test_quotes_around_the_prompt() -> None:
+    """Quotes around the whole system prompt are allowed, since some mean them, but told."""
+    assert load({"SYSTEM_PROMPT": '"Quoted" on purpose'}).warnings == ()
+    for prompt in ('"canary"', "'canary'", "\u201ccanary\u201d"):
+        settings = load({"SYSTEM_PROMPT": prompt})
+        assert settings.system_prompt == prompt
+        assert settings.warnings == (
+            "SYSTEM_PROMPT is in quotes, and Grok is sent them: Docker's --env-file takes them literally",
+        )
 
 
 def test_secrets_have_no_repr() -> None:
@@ -517,7 +545,7 @@ def test_start_that_fails() -> None:
 async def test_env_file(tmp_path: Path) -> None:
     """`.env` is read as it stands; a real variable overrides it, and an empty one hides it."""
     (tmp_path / ".env").write_text(
-        "# comment\nGROK_MODEL='from $HOME'\nSYSTEM_PROMPT=from the file\nGROK_REASONING_EFFORT=low\nEDITOR\n"
+        "# comment\nGROK_MODEL='from-$HOME'\nSYSTEM_PROMPT=from the file\nGROK_REASONING_EFFORT=low\nEDITOR\n"
     )
     async with (
         Upstream() as grok,
@@ -525,7 +553,7 @@ async def test_env_file(tmp_path: Path) -> None:
     ):
         assert (await service.ask()).status_code == 200
         sent = grok.calls[0].body
-    assert sent["model"] == "from $HOME"
+    assert sent["model"] == "from-$HOME"
     assert sent["messages"][0] == {"role": "system", "content": "real"}
     assert "reasoning_effort" not in sent
 

@@ -1,4 +1,4 @@
-"""README.md and .env.example tell the settings and the errors that there are, with their defaults."""
+"""README.md and .env.example tell the settings, errors and files that there are, with the defaults that they have."""
 
 import re
 from collections.abc import Callable
@@ -61,3 +61,12 @@ def test_errors() -> None:
     assert codes - {"param"} == {kind.code for kind in leaves(errors.ChatError)}
     for kind in leaves(errors.ChatError):
         assert {(str(kind.status), kind.code), ("in the stream only", kind.code)} & told
+
+
+def test_files_that_the_readme_names() -> None:
+    """Whatever the README links to is there: in the table of promises, every test of each."""
+    text = (ROOT / "README.md").read_text()
+    linked = [target for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if ":" not in target]
+    assert [target for target in linked if not (ROOT / target).exists()] == []
+    promises = rows("promise")
+    assert all(re.findall(r"\]\((tests/[^)]+)\)", files) for files in promises.values())

@@ -23,6 +23,8 @@ QUOTE = f"{LINE}, with every quote closed"
         ("ACCESS_TOKENS canary\n", [f"line 1 {QUOTE}"]),
         ("ACCESS_TOKENS\n", [f"line 1 {LINE}"]),
         ("export RATE_LIMIT\n", [f"line 1 {LINE}"]),
+        ("ACCESS_TOKENS=\n  canary-Canary_canary\n", [f"line 2 {LINE}"]),
+        ("https_proxy\n", [f"line 1 {LINE}"]),
         ("=canary\n", [f"line 1 {QUOTE}"]),
         ('"ACCESS_TOKENS"=canary\n', [f"line 1 {LINE}"]),
         ("can ary=1\n\n\ncan'ary\nA=1\n", [f"line 1 {QUOTE}", f"line 4 {LINE}"]),
@@ -70,3 +72,6 @@ def test_no_file(tmp_path: Path) -> None:
     (tmp_path / "utf-16").write_bytes("A=canary".encode("utf-16"))
     problem = f"{tmp_path / 'utf-16'}: cannot be read (UnicodeDecodeError)"
     assert envfile.read(tmp_path / "utf-16", KNOWN) == ({}, [problem])
+    (tmp_path / "link").symlink_to("canary")
+    problem = f"{tmp_path / 'link'}: is a link to a file that does not exist"
+    assert envfile.read(tmp_path / "link", KNOWN) == ({}, [problem])

@@ -92,7 +92,8 @@ def test_search_as_ui_messages() -> None:
 
 def test_parts_that_alternate() -> None:
     """A part is closed before one of another kind opens, and each has an id of its own."""
-    events = [Started(), TextDelta("a"), ReasoningDelta("b"), ReasoningDelta("c"), TextDelta("d"), Finished(), Done()]
+    deltas: list[Event] = [TextDelta("a"), ReasoningDelta("b"), ReasoningDelta("c"), TextDelta("d")]
+    events = [Started(), *deltas, Finished(), Done()]
     assert [(chunk["type"], chunk.get("id")) for chunk in ui(events)[:-3]] == [
         *[("text-start", "1"), ("text-delta", "1"), ("text-end", "1")],
         *[("reasoning-start", "2"), ("reasoning-delta", "2"), ("reasoning-delta", "2"), ("reasoning-end", "2")],

@@ -1,11 +1,14 @@
 """The tests' own tools: a reader or a scripted Grok that is wrong would prove nothing."""
 
 import asyncio
+import re
+from collections import Counter
 
 import httpx
 import pytest
 
 from tests import conftest
+from tests.conftest import ROOT
 from tests.readers import READERS, Event, Standard, answer, by_httpx_sse, comments, naive, standard
 from tests.upstream import CLOSE, GOOD_KEY, HANG, RESET, Call, Gate, Script, Steps, Upstream, error, raw, sse, stream
 
@@ -189,3 +192,14 @@ def test_require_all(monkeypatch: pytest.MonkeyPatch) -> None:
     expected.wasxfail = "reason"
     conftest.required(expected)
     assert expected.outcome == "skipped"
+
+
+def test_names_are_unique() -> None:
+    """No two tests have one name, so that `pytest -k` picks the one that is meant."""
+    names = [
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if "node_modules" not in path.parts
+        for name in re.findall(r"^(?:async )?def (test_\w+)", path.read_text(), re.MULTILINE)
+    ]
+    assert [name for name, count in Counter(names).items() if count > 1] == []

@@ -130,6 +130,16 @@ def test_no_proxy(no_proxy: str, url: str, direct: bool) -> None:
     assert (proxies.find(url, environ) is None) == direct
 
 
+@pytest.mark.parametrize("variable", ["NO_PROXY", "no_proxy"])
+def test_no_proxy_in_quotes(variable: str) -> None:
+    """NO_PROXY in quotes would match other hosts than are meant, so where there is a proxy it is a wrong value."""
+    quoted = {"GROK_API_KEY": "k", variable: '"canary,api.x.ai"'}
+    with pytest.raises(Invalid) as problems:
+        load({**quoted, "HTTPS_PROXY": "proxy"})
+    assert str(problems.value) == f"{variable}: is in quotes; leave them out"
+    assert load(quoted).proxy is None
+
+
 def test_file_and_environment() -> None:
     """A file's proxy does not come before a real variable by being in lower case."""
     values = {"https_proxy": "a", "no_proxy": "b", "GROK_MODEL": "c", "ALL_PROXY": "d"}

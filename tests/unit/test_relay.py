@@ -178,14 +178,14 @@ async def test_one_end(
     assert [event.type for event in others].count("finish") == ("finish" in include and told)
 
 
-async def test_refusal() -> None:
+async def test_refusal_of_the_relay() -> None:
     """What fails before the first chunk is raised, for there is still a status to tell it with."""
 
     with pytest.raises(errors.UpstreamAuth):
         await steps(Grok([], refuses=errors.UpstreamAuth()))
 
 
-async def test_leaving() -> None:
+async def test_leaving_of_the_relay() -> None:
     """Who stops reading lets Grok go, at the first step or later."""
     for taken in (1, 2):
         grok = Grok([text("a"), text("b"), text("c")])

@@ -114,6 +114,8 @@ def test_parts_of_one_message() -> None:
     pieces = [*opened(0), delta(0, "a"), delta(0, "b", part=1), done(0, message_item("a", "b")), ended()]
     assert said(decode(*pieces)[0]) == ["a", "b"]
     assert said(decode(*opened(0), done(0, message_item("a", "b")), ended())[0]) == ["a", "b"]
+    # What is told whole is taken of an item without deltas only.
+    assert said(decode(*opened(0), delta(0, "a"), done(0, message_item("a", "b")), ended())[0]) == ["a"]
 
 
 def test_text_of_a_new_part() -> None:
@@ -132,7 +134,7 @@ def test_empty_deltas() -> None:
     assert said(decode(event("response.output_text.delta", delta=None, output_index=0), delta(0, "a"))[0]) == ["a"]
 
 
-def test_refusals() -> None:
+def test_refusals_of_the_responses_api() -> None:
     """A refusal is text, and the reason of the finish."""
     part = {"type": "refusal", "refusal": "No."}
     item = {**message_item(), "content": [part]}
@@ -155,6 +157,8 @@ def test_half_emojis() -> None:
     assert text(decode(delta(0, halves[0]), event("error", message="x"))[0]) == "\ufffd"
     assert reasoning(decode(thought(0, halves[0]), thought(0, halves[1]), delta(1, "a"), ended())[0]) == face
     assert reasoning(decode(thought(0, halves[0]), DONE)[0]) == "\ufffd"
+    cut = [delta(0, halves[0]), cited(0, source("https://a.example")), ended()]
+    assert decode(*cut)[0] == [TextDelta("\ufffd"), Citations([Source("https://a.example", "1")])]
     titled = cited(0, source("https://a.example", halves[0]))
     assert decode(titled, ended())[0] == [Citations([Source("https://a.example", "\ufffd")])]
 
@@ -162,7 +166,7 @@ def test_half_emojis() -> None:
 # Reasoning.
 
 
-def test_reasoning() -> None:
+def test_reasoning_of_the_responses_api() -> None:
     """The summary is told delta by delta, or where none came whole; a new part or item begins a new line."""
     assert reasoning(decode(*reasoned(0, "h", "m"), ended())[0]) == "hm"
     assert reasoning(decode(*reasoned(0), *message(1, "a"), ended())[0]) == ""
@@ -282,6 +286,7 @@ def test_sources() -> None:
     events, _ = decode(ended(None, [message_item("x", annotations=shapes)]))
     assert events == [TextDelta("x"), Citations(expected)]
     assert citations(delta(0, "x")) == []
+    assert citations(told[0], cited(0, source(a, "another title"))) == [Source(a, "1")]
 
 
 @pytest.mark.parametrize(
@@ -373,6 +378,15 @@ def test_finish() -> None:
     assert json.loads(bytes(finished.usage)) == USAGE
     assert (finished.reason, finished.model, finished.api) == ("stop", "grok-5", "responses")
     assert finished.counts == Usage(prompt_tokens=12, completion_tokens=3, reasoning_tokens=5, cached_tokens=4)
+
+
+def test_usage_of_a_failed_answer() -> None:
+    """What a failed answer has used is told, too: it is paid."""
+    told = response(status="failed", error={"code": "server_error", "message": "x"}, usage=USAGE)
+    _, decoder = decode(CREATED, delta(0, "a"), event("response.failed", response=told))
+    assert decoder.failure is not None
+    assert json.loads(bytes(decoder.finished.usage)) == USAGE
+    assert (decoder.finished.reason, decoder.finished.model) == (None, "grok-4.3")
 
 
 @pytest.mark.parametrize(

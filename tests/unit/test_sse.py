@@ -94,7 +94,7 @@ def test_any_cut_reads_like_the_standard(stream: bytes, cuts: list[int]) -> None
         pytest.param(lambda: [b"data\n" * 1000] * (LIMIT // 1000 * 5), id="many empty data lines"),
     ],
 )
-def test_too_long(flood: Callable[[], list[bytes]]) -> None:
+def test_too_long_in_the_decoder(flood: Callable[[], list[bytes]]) -> None:
     """A line or an event over the limit is refused, not collected."""
     with pytest.raises(sse.TooLong):
         decoded(*flood())

@@ -26,8 +26,9 @@ from chatproxy.metrics import Metrics
 from chatproxy.services.access import Caller
 from chatproxy.services.limits import ReaderLimit
 from chatproxy.services.relay import Batch
+from chatproxy.services.resumable import ResumableStream
 from chatproxy.services.store import MAX_BATCH_BYTES, MAX_BATCH_FRAMES, EventStore, MemoryStore, _size
-from chatproxy.services.streams import ResumableStream, StreamRegistry
+from chatproxy.services.streams import StreamRegistry
 from tests.conftest import environment
 from tests.readers import Event, standard
 
@@ -199,7 +200,7 @@ class Remote:
 
     async def append(self, stream: str, frames: Sequence[bytes], *, last: bool = False) -> None:
         await asyncio.sleep(0.001)
-        await self._store.append(stream, frames)
+        await self._store.append(stream, frames, last=last)
 
     async def close(self, stream: str, keep: float) -> None:
         await asyncio.sleep(0.001)
@@ -285,7 +286,7 @@ async def test_any_store(store: EventStore) -> None:
     await streams.aclose()
 
 
-async def test_nothing_is_left() -> None:
+async def test_nothing_is_left_of_the_store() -> None:
     """A forgotten stream leaves nothing behind: no frames, no key, no object."""
     store = MemoryStore(PLENTY, PLENTY)
     streams = registry(store, replay_ttl=0.02)
@@ -365,7 +366,7 @@ class Failing(MemoryStore):
 
     async def append(self, stream: str, frames: Sequence[bytes], *, last: bool = False) -> None:
         self._call()
-        await super().append(stream, frames)
+        await super().append(stream, frames, last=last)
 
 
 async def test_store_that_cannot_begin() -> None:

@@ -29,7 +29,7 @@ from chatproxy.events import Chat, StreamSummary
 from chatproxy.routes.responses import DisconnectListener, EventSourceResponse, RequestContext
 from chatproxy.server import Server
 from chatproxy.services.grok.completion import Completion
-from chatproxy.services.streams import ResumableStream
+from chatproxy.services.resumable import ResumableStream
 from chatproxy.sse import Decoder
 from tests.conftest import HI, MEASURED, PATIENCE, ROOT, Caller, Service, environment, serving, spawned
 from tests.readers import answer

@@ -1,4 +1,4 @@
-"""Limits for each caller and shared secrets, where the operator sets them; and who a caller is (E4)."""
+"""Limits for each caller and shared secrets, where the operator sets them; and who a caller is."""
 
 import asyncio
 import hmac
@@ -220,7 +220,7 @@ async def test_attaching_takes_no_place() -> None:
         assert len(grok.calls) == 1
 
 
-# Who a caller is (E4).
+# Who a caller is.
 
 
 def of(client: str) -> dict[str, str]:

@@ -200,7 +200,7 @@ async def test_not_acceptable(grok: Upstream, service: Local, accept: str) -> No
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "PATCH", "DELETE", "HEAD"])
-async def test_other_methods(service: Local, method: str) -> None:
+async def test_other_methods_of_other_paths(service: Local, method: str) -> None:
     """Another method gets a 405 that says what is allowed."""
     response = await service.client.request(method, "/api/chat")
     assert response.status_code == 405

@@ -38,7 +38,7 @@ STOP = frame(chunk({}, finish="stop"))
 CANARY = frame(chunk({"content": "canary"}))
 
 
-# What Grok is asked (A1 to A3).
+# What Grok is asked.
 
 
 async def test_request_to_grok(grok: Upstream, service: Local) -> None:
@@ -130,7 +130,7 @@ async def test_conversation_id(grok: Upstream, service: Local) -> None:
     assert "x-evil" not in grok.calls[3].headers
 
 
-# What the caller gets (A4, B1 to B7, F2).
+# What the caller gets.
 
 
 @pytest.mark.parametrize("accept", ["text/event-stream", "*/*", None, "text/event-stream, application/json", "text/*"])
@@ -298,7 +298,7 @@ async def test_many_at_once(grok: Upstream, service: Local) -> None:
         assert [answer((await response).content) for response in asked] == [f"to {n}" for n in range(150)]
 
 
-# How it ends (B8).
+# How it ends.
 
 DONE_ENDS = {
     "finish reason, then its end marker": [STOP, DONE_FRAME],

@@ -1,4 +1,4 @@
-"""Without a key (contract F6): the built-in demo, over the same wire and through the same code."""
+"""Without a key: the built-in demo, over the same wire and through the same code."""
 
 import asyncio
 import json
@@ -103,3 +103,18 @@ async def test_transport(transport: str, status: int) -> None:
     script: Steps = [folded + frame(chunk({"content": "a"})) + DONE_FRAME, CLOSE]
     async with Upstream(script) as grok, serving(grok.url, grok_transport=transport, grok_retries=0) as service:
         assert (await service.ask()).status_code == status
+
+
+async def test_pace_of_the_demo() -> None:
+    """Whoever asks the demo for a pace gets its words at that pace."""
+    async with serving(NOBODY, grok_api_key=None) as service:
+        started = monotonic()
+        response = await service.ask("one word every 0.001 s, please")
+        quick = monotonic() - started
+        async with service.asking("one word every 60 s") as live:
+            assert await live.event()
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    await live.event()
+    assert "demo" in answer(response.content)
+    assert quick < 1.5

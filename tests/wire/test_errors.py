@@ -1,4 +1,4 @@
-"""Every error has its status and its code (C1 to C3), however the chat was asked for and whenever it happens."""
+"""Every error has its status and its code, however the chat was asked for and whenever it happens."""
 
 import asyncio
 import logging
@@ -26,8 +26,8 @@ def sent(*, method: str = "POST", path: str = PATH, content: bytes = MESSAGES, *
     return {"method": method, "url": path, "content": content, "headers": fields}
 
 
-# The table of C2: settings, under which one chat is running already; what is sent then; our status and code, the field
-# at fault and the headers that belong to it.
+# What callers do wrong: settings, under which one chat is running already; what is sent then; our status and code, the
+# field at fault and the headers that belong to it.
 REFUSALS: list[tuple[dict[str, object], dict[str, Any], int, str, str | None, dict[str, str]]] = [
     ({}, sent(content=b'{"messages": ['), 400, "invalid_json", None, {}),
     ({}, sent(content=b"\xff" + MESSAGES), 400, "invalid_json", None, {}),
@@ -104,7 +104,7 @@ async def test_readable_by_the_page(service: Local) -> None:
     assert "Retry-After" in response.headers["Access-Control-Expose-Headers"]
 
 
-# The table of C3 again: the statuses of plain chats are test_refusals' matter.
+# What Grok does wrong: the statuses of plain chats are test_refusals' matter.
 
 
 async def all_of(answers: dict[str, tuple[Script, Expected]], how: str) -> dict[str, Expected]:
@@ -215,9 +215,9 @@ async def test_internal_error_in_a_stream(
     mistake_is_logged(caplog)
 
 
-# The code of each outcome is tested somewhere: here, for C3 in test_refusals, or
+# The code of each outcome is tested somewhere: here, for Grok's in test_refusals, or
 ELSEWHERE = {
-    "connect_timeout", "first_token_timeout", "idle_timeout", "stream_timeout",  # test_clocks
+    "connect_timeout", "first_token_timeout", "idle_timeout", "stream_timeout",  # test_timeouts
     "upstream_cut_off", "empty_answer",  # test_chat
     "draining",  # test_shutdown
     "tool_limit",  # test_searches

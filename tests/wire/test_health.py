@@ -1,4 +1,4 @@
-"""Health (F1): whether the loop turns, whether chats are welcome, and early whether the key is any good."""
+"""Health: whether the loop turns, whether chats are welcome, and early whether the key is any good."""
 
 import asyncio
 import logging
@@ -7,6 +7,7 @@ from itertools import chain, repeat
 
 import pytest
 
+from chatproxy.config.timing import Timing
 from tests.conftest import KEY, PATIENCE, Local, Service, serving
 from tests.readers import answer
 from tests.upstream import CLOSE, GOOD_KEY, HANG, RESET, Gate, Script, Upstream, error, head, refusing, unreachable
@@ -122,19 +123,19 @@ async def test_start_does_not_wait() -> None:
 
 
 @pytest.mark.parametrize("begun", [b"", head(200, {"Content-Length": "100"}), head(401, {"Content-Length": "100"})])
-async def test_silence_about_the_key(monkeypatch: pytest.MonkeyPatch, begun: bytes) -> None:
+async def test_silence_about_the_key(begun: bytes) -> None:
     """An answer about the key that does not come, or not to its end, is not waited for, and speaks for it."""
-    monkeypatch.setattr("chatproxy.services.grok.client.KEY_CHECK_TIMEOUT", 0.1)
-    async with Upstream(key=[begun, HANG]) as grok, serving(grok.url) as service:
+    timing = Timing(key_check_timeout=0.1)
+    async with Upstream(key=[begun, HANG]) as grok, serving(grok.url, timing) as service:
         await grok.until(lambda: len(grok.probes) == 1)
         await grok.probes[0].hung_up()
         assert await ready(service) == READY
 
 
-async def test_key_that_is_mended(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_key_that_is_mended() -> None:
     """A key that is no good is asked about again, and until the answer is here it remains no good."""
-    monkeypatch.setattr("chatproxy.services.grok.client.KEY_CHECK_INTERVAL", 0.1)
-    async with Upstream(key=error(401, {"error": "x"})) as grok, serving(grok.url) as service:
+    timing = Timing(key_check_interval=0.1)
+    async with Upstream(key=error(401, {"error": "x"})) as grok, serving(grok.url, timing) as service:
         await becomes(service, USELESS)
         gate = Gate()
         grok.key = [gate, *error(200, GOOD_KEY)]
@@ -158,7 +159,7 @@ async def demo() -> AsyncIterator[Local]:
         yield service
 
 
-async def test_demo(demo: Local) -> None:
+async def test_demo_in_readyz(demo: Local) -> None:
     """Without a key the service is ready, and says what it is."""
     assert await ready(demo) == (200, {"status": "ok", "demo": True})
 

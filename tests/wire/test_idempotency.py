@@ -1,4 +1,4 @@
-"""The same key and body, the same answer: a POST that is sent again is not paid again (D7)."""
+"""The same key and body, the same answer: a POST that is sent again is not paid again."""
 
 import asyncio
 import json
@@ -148,7 +148,7 @@ async def test_kept_after_a_late_failure() -> None:
         assert len(grok.calls) == 1
 
 
-async def test_left_before_the_status(grok: Upstream, service: Local) -> None:
+async def test_left_before_the_status_with_a_key(grok: Upstream, service: Local) -> None:
     """Who left before the status can come back with the key, for the window; then Grok is hung up and the key free."""
     gate = Gate()
     grok.play([gate, *stream("a")], [HANG], stream("b"))

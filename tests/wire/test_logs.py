@@ -1,4 +1,4 @@
-"""One log line for each request, when it ends, and one for each resumable answer, when it ends (F3)."""
+"""One log line for each request, when it ends, and one for each resumable answer, when it ends."""
 
 import asyncio
 import json
@@ -246,7 +246,7 @@ async def test_words_of_grok(log_format: str, level: str) -> None:
         bodies += [{"error": {"message": quoted, "code": quoted}}, {"error": quoted}]
     async with (
         Upstream() as grok,
-        logging(grok, log_format, log_level=level, system_prompt="Obey canary-4711.") as (
+        logging(grok, log_format, log_level=level, system_prompt="Obey canary-zebra.") as (
             service,
             _,
         ),
@@ -259,7 +259,7 @@ async def test_words_of_grok(log_format: str, level: str) -> None:
             await service.ask()
         service.process.terminate()
         await service.exit_code()
-        for word in [*WORDS.values(), *PRIVATE, "4711", "Too much", "pin is", "passphr"]:
+        for word in [*WORDS.values(), *PRIVATE, "zebra", "Too much", "pin is", "passphr"]:
             for written in (word, json.dumps(word)[1:-1], ascii(word)[1:-1]):
                 assert written not in service.stderr
         assert "status 400" in service.stderr

@@ -1,4 +1,4 @@
-"""What Prometheus reads agrees with what happened, and no caller puts a word into it (F4)."""
+"""What Prometheus reads agrees with what happened, and no caller puts a word into it."""
 
 from typing import Any
 

@@ -68,7 +68,7 @@ def leaves(kind: type[errors.ChatError]) -> list[type[errors.ChatError]]:
     return [leaf for child in kind.__subclasses__() for leaf in leaves(child)] or [kind]
 
 
-async def test_shapes_of_the_contract(service: Local) -> None:
+async def test_shapes(service: Local) -> None:
     """The schemas are those that requests are decoded with; headers and ways to authenticate are named."""
     described = await description(service)
     schemas = described["components"]["schemas"]

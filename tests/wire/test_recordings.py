@@ -89,7 +89,7 @@ def at_random(recording: Recording) -> list[bytes]:
 @pytest.mark.parametrize("cut", [as_recorded, byte_by_byte, at_random])
 @pytest.mark.parametrize("path", from_recordings(recordings))
 async def test_recording(grok: Upstream, service: Local, path: Path, cut: Callable[[Recording], list[bytes]]) -> None:
-    """One event for each delta, its text unchanged, then the finish, then an end as B8 says."""
+    """One event for each delta, its text unchanged, then the finish, then the one true end."""
     recording = load(path)
     grok.play(sse(*cut(recording)))
     response = await service.ask(include=["reasoning", "finish"])

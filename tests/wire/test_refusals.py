@@ -77,7 +77,7 @@ def overloaded(seconds: int) -> Expected:
 
 OTHER_TYPE = {"Content-Type": "text/plain", "Connection": "close"}
 
-# The table of C3: what Grok does; our status, code and Retry-After.
+# What Grok does; our status, code and Retry-After.
 ANSWERS: dict[str, tuple[Script, Expected]] = {
     "400 wrong key": (said(400, "Incorrect API key provided."), AUTH),
     "400 wrong key, old": (said(400, "Incorrect API key provided: in***ey.", OLD_INVALID), AUTH),
@@ -318,7 +318,7 @@ async def test_operator_is_told(grok: Upstream, service: Local, caplog: pytest.L
         assert hidden not in caplog.text
 
 
-# After the hold (A5).
+# After the hold.
 
 
 async def test_failure_after_the_hold() -> None:

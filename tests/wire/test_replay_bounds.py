@@ -1,4 +1,4 @@
-"""What is kept for those who come back is bounded, and what is not kept any more is said to be lost (D6)."""
+"""What is kept for those who come back is bounded, and what is not kept any more is said to be lost."""
 
 import asyncio
 import re

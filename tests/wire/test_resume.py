@@ -56,7 +56,7 @@ async def reading(service: Service, url: str, after: str | None = None) -> Async
         yield Live(response)
 
 
-# The address (A4).
+# The address.
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ async def test_status_is_true(script: list[Step], status: int, code: str, fields
         assert not {"Location", "Content-Location"} & set(response.headers)
 
 
-async def test_failure_after_the_hold() -> None:
+async def test_failure_after_the_hold_of_a_stream() -> None:
     """Where Grok takes longer than the hold, the 201 goes out, and the stream tells how it failed, again and again."""
     gate = Gate()
     changes = {"status_hold": 0.05, "replay_ttl": 0.5}
@@ -162,7 +162,7 @@ async def forgotten(service: Service, url: str, after: str | None = None, within
             await asyncio.sleep(0.02)  # nobody tells when it is so
 
 
-# The wire (D1).
+# The wire.
 
 
 async def test_bytes(grok: Upstream, service: Local) -> None:
@@ -221,7 +221,7 @@ async def test_every_event_has_an_id(grok: Upstream, service: Local, end: Step |
         assert standard(resumed.content) == events[number:]
 
 
-# Coming back (D2): exact text, one completion.
+# Coming back: exact text, one completion.
 
 LF = "\n"
 TOKENS = [
@@ -380,7 +380,7 @@ async def test_other_methods(grok: Upstream, service: Local) -> None:
     assert (response.status_code, set(response.headers["Allow"].split(", "))) == (405, {"GET", "HEAD"})
 
 
-# What is not there (D3).
+# What is not there.
 
 
 @pytest.mark.parametrize(
@@ -429,7 +429,7 @@ async def test_only_resumable_streams_are_kept(grok: Upstream, service: Local) -
     assert response.content == b"data: a\n\ndata: [DONE]\n\n"
 
 
-# Who reconnects with a POST (D4).
+# Who reconnects with a POST.
 
 
 async def repost(service: Service, after: str, content: bytes = b"{}") -> list[Event]:

@@ -1,4 +1,4 @@
-"""Another try (C5): before the first chunk only, a few times, soon but not at once, and never for nobody."""
+"""Another try: before the first chunk only, a few times, soon but not at once, and never for nobody."""
 
 import asyncio
 import json
@@ -10,6 +10,7 @@ from itertools import pairwise
 import httpx
 import pytest
 
+from chatproxy.config.timing import Timing
 from tests.conftest import HI, PATIENCE, Local, failure, refusal, serving
 from tests.readers import answer
 from tests.upstream import (
@@ -53,10 +54,13 @@ async def service(grok: Upstream) -> AsyncIterator[Local]:
         yield service
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The waits are as short as they may be."""
-    monkeypatch.setattr("random.uniform", lambda low, _: low)
+def jitter(seconds: float) -> Timing:
+    """The first wait for another try takes so long."""
+    return Timing(retry_jitter=lambda *_: seconds)
+
+
+# The waits are as short as they may be.
+QUICK = Timing(retry_jitter=lambda low, _: low)
 
 
 # What another try may mend.
@@ -159,29 +163,26 @@ async def test_kept_connection_breaks(signal: Signal) -> None:
         assert (await service.ask()).text == "data: c\n\ndata: [DONE]\n\n"
 
 
-@pytest.mark.usefixtures("quick")
 async def test_waits_grow() -> None:
     """But for the jitter, each wait is twice as long as the one before."""
-    async with Upstream(OVERLOADED) as grok, serving(grok.url, grok_retries=3) as service:
+    async with Upstream(OVERLOADED) as grok, serving(grok.url, QUICK, grok_retries=3) as service:
         await service.ask()
     waits = [later.arrived_at - earlier.arrived_at for earlier, later in pairwise(grok.calls)]
     assert waits == [pytest.approx(seconds, abs=0.15) for seconds in (0.15, 0.25, 0.45)]
 
 
-async def test_waits_do_not_grow_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_waits_do_not_grow_for_ever() -> None:
     """From the fourth on they are alike, so that none of many tries is too far away to be made."""
-    monkeypatch.setattr("random.uniform", lambda *_: 0.01)
-    async with Upstream(OVERLOADED) as grok, serving(grok.url, grok_retries=10) as service:
+    async with Upstream(OVERLOADED) as grok, serving(grok.url, jitter(0.01), grok_retries=10) as service:
         await service.ask()
         assert len(grok.calls) == 11
     assert grok.calls[-1].arrived_at - grok.calls[-2].arrived_at < 1
 
 
-@pytest.mark.usefixtures("quick")
 async def test_refused_connections() -> None:
     """A connection that is refused is tried again; each failure counts in the metrics."""
     with refusing() as url:
-        async with serving(url) as service:
+        async with serving(url, QUICK) as service:
             response = await service.ask()
             assert refusal(response)["code"] == "upstream_unreachable"
             failures = await metric(service, 'chatproxy_upstream_failures_total{code="upstream_unreachable"}')
@@ -214,9 +215,8 @@ async def test_jitter() -> None:
 
 
 @pytest.mark.parametrize("status", [429, 503])
-async def test_retry_after(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Retry-After is honoured up to the longest that is ours to wait for: not sooner, and not much later."""
-    monkeypatch.setattr("chatproxy.services.grok.completion.MAX_RETRY_WAIT", 1)
+async def test_retry_after(status: int) -> None:
+    """A short Retry-After is honoured: not sooner, and not much later."""
     async with Upstream(after(1, status), stream("ok")) as grok, serving(grok.url) as service:
         assert answer((await service.ask()).content) == "ok"
         first, second = grok.calls
@@ -226,6 +226,7 @@ async def test_retry_after(status: int, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("seconds", "changes", "told"),
     [
+        pytest.param(6, {}, "6", id="just too long"),
         pytest.param(30, {}, "30", id="long"),
         pytest.param(100_000, {}, "120", id="very long"),
         pytest.param(2, {"first_token_timeout": 1}, "2", id="longer than the first token may take"),
@@ -296,13 +297,12 @@ async def test_never_after_the_first_chunk(grok: Upstream, service: Local, first
     assert len(grok.calls) == 1
 
 
-@pytest.mark.usefixtures("quick")
 async def test_after_the_hold() -> None:
     """A caller who has seen only comments gets the answer of another try."""
     gate = Gate()
     async with (
         Upstream([gate, *OVERLOADED], OVERLOADED, stream("ok")) as grok,
-        serving(grok.url, status_hold=0.1, keep_alive=0.1) as service,
+        serving(grok.url, QUICK, status_hold=0.1, keep_alive=0.1) as service,
         service.asking() as live,
     ):
         assert live.response.status_code == 200
@@ -313,13 +313,12 @@ async def test_after_the_hold() -> None:
     assert answer(live.raw) == "ok"
 
 
-@pytest.mark.usefixtures("quick")
 async def test_last_failure_after_the_hold() -> None:
     """When no try succeeds, the stream tells the last failure."""
     gate = Gate()
     async with (
         Upstream([gate, *OVERLOADED], [STREAM_HEAD, RESET]) as grok,
-        serving(grok.url, status_hold=0.1, grok_retries=1) as service,
+        serving(grok.url, QUICK, status_hold=0.1, grok_retries=1) as service,
         service.asking() as live,
     ):
         gate.open()
@@ -328,22 +327,20 @@ async def test_last_failure_after_the_hold() -> None:
         assert len(grok.calls) == 2
 
 
-@pytest.mark.usefixtures("quick")
 async def test_not_past_the_first_token_timeout() -> None:
     """A try that would begin after FIRST_TOKEN_TIMEOUT is not made, though there are some left."""
     slow = [0.3, *OVERLOADED]
-    async with Upstream(slow) as grok, serving(grok.url, first_token_timeout=0.6, grok_retries=9) as service:
+    async with Upstream(slow) as grok, serving(grok.url, QUICK, first_token_timeout=0.6, grok_retries=9) as service:
         response = await service.ask()
         assert refusal(response)["code"] == "upstream_overloaded"
         assert len(grok.calls) == 2
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("accept", ["text/event-stream", "application/json"])
 async def test_never_for_nobody(accept: str) -> None:
     """Once the caller has left, before the status or after it, nothing more is asked."""
     gate = Gate()
-    async with Upstream([gate, *OVERLOADED], stream("late")) as grok, serving(grok.url) as service:
+    async with Upstream([gate, *OVERLOADED], stream("late")) as grok, serving(grok.url, QUICK) as service:
         async with service.caller() as caller:
             await caller.post({"messages": HI}, Accept=accept)
             async with asyncio.timeout(PATIENCE):
@@ -355,13 +352,12 @@ async def test_never_for_nobody(accept: str) -> None:
             await grok.call(1, within=0.4)
 
 
-async def test_never_for_a_stopped_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_never_for_a_stopped_answer() -> None:
     """Nor once the caller has said that it is enough."""
-    monkeypatch.setattr("random.uniform", lambda *_: 0.4)
     gate = Gate()
     async with (
         Upstream([gate, *OVERLOADED], stream("late")) as grok,
-        serving(grok.url, status_hold=0.1) as service,
+        serving(grok.url, jitter(0.4), status_hold=0.1) as service,
     ):
         created = (await service.ask(headers={"Accept": "application/json"})).json()
         async with service.client.stream("GET", created["url"]) as reading:
@@ -375,10 +371,9 @@ async def test_never_for_a_stopped_answer(monkeypatch: pytest.MonkeyPatch) -> No
             await grok.call(1, within=0.6)
 
 
-async def test_same_place(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_same_place() -> None:
     """While a chat waits for another try it keeps its place, so that retries do not come on top of MAX_STREAMS."""
-    monkeypatch.setattr("random.uniform", lambda *_: 0.4)
-    async with Upstream(OVERLOADED, stream("ok")) as grok, serving(grok.url, max_streams=1) as service:
+    async with Upstream(OVERLOADED, stream("ok")) as grok, serving(grok.url, jitter(0.4), max_streams=1) as service:
         asked = asyncio.create_task(service.ask())
         await grok.until(lambda: len(grok.calls) == 1 and grok.playing == 0)
         assert refusal(await service.ask())["code"] == "busy"

@@ -62,7 +62,7 @@ async def test_no_search_without_a_wish(
         ({}, ["x_search"], "tools[0]"),
     ],
 )
-async def test_no_search_without_permission(
+async def test_no_search_without_permission_over_the_wire(
     grok: Upstream, changes: dict[str, str], asked: list[str], param: str
 ) -> None:
     """A search that the operator does not allow is refused, and Grok is not asked."""

@@ -1,4 +1,4 @@
-"""The service stops as it promised (C7): nobody is cut off unannounced, and it takes no longer than it may."""
+"""The service stops as it promised: nobody is cut off unannounced, and it takes no longer than it may."""
 
 import asyncio
 import os

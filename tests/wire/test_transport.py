@@ -12,7 +12,7 @@ import ssl
 import sys
 import time
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ import httpx
 import pytest
 import trustme
 
-from chatproxy.services.grok.transport import MAX_UNREAD, ClientConnection, Transport
+from chatproxy.services.grok.transport import ATTEMPT_DELAY, MAX_UNREAD, ClientConnection, Transport
 from tests.upstream import RESET_ON_CLOSE, drop_received, refusing, unreachable
 
 pytestmark = pytest.mark.anyio
@@ -153,9 +153,16 @@ class Maker(Protocol):
     def __call__(self, url: str, /, *, max_connections: int = ...) -> httpx.AsyncBaseTransport: ...
 
 
+OPTIONS: dict[str, Any] = {
+    "ssl_context": CONTEXT,
+    "max_connections": 10,
+    "keepalive_expiry": 60.0,
+    "unacknowledged_timeout": 60.0,
+}
+
+
 def own(url: str, /, **changes: Any) -> Transport:
-    options = {"ssl_context": CONTEXT, "max_connections": 10, "keepalive_expiry": 60.0, "unacknowledged_timeout": 60.0}
-    return Transport(httpx.URL(url), **{**options, **changes})
+    return Transport(httpx.URL(url), **{**OPTIONS, **changes})
 
 
 def stock(_: str, /, *, ssl_context: ssl.SSLContext = CONTEXT, max_connections: int = 10) -> httpx.AsyncHTTPTransport:
@@ -432,60 +439,58 @@ def address(url: str) -> tuple[Any, ...]:
     return socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", httpx.URL(url).port)
 
 
-@pytest.fixture
-def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
-    """Lets the name grok.test have the addresses of these URLs, in this order; gives the ports that were asked for."""
+class Resolving(Transport):
+    """Our transport, and a name that has the addresses of the URLs in `urls`, in this order."""
 
-    def resolve(*urls: str) -> list[int]:
-        ports = []
-        loop = type(asyncio.get_running_loop())
-        look_up = loop.getaddrinfo
+    urls: Sequence[str] = ()
+    asked: Sequence[tuple[str, int]] = ()
+    """The names and ports that were looked up."""
 
-        async def getaddrinfo(self: Any, host: str, port: int, **options: Any) -> list[tuple[Any, ...]]:
-            named = host == "grok.test"
-            ports.extend([port] * named)
-            return [address(url) for url in urls] if named else list(await look_up(self, host, port, **options))
-
-        monkeypatch.setattr(loop, "getaddrinfo", getaddrinfo)
-        return ports
-
-    return resolve
-
-
-async def test_default_ports(resolve: Callable[..., list[int]]) -> None:
-    """Without a port in the URL it is the one of its scheme."""
-    with refusing() as refused:
-        ports = resolve(refused)
-        for url in ("http://grok.test/", "https://grok.test/"):
-            assert await outcome(own(url), url) == "ConnectError"
-    assert ports == [80, 443]
+    async def look_up(self, host: str, port: int) -> list[tuple[Any, ...]]:
+        self.asked = [*self.asked, (host, port)]
+        return [address(url) for url in self.urls]
 
 
 NAMED = "http://grok.test/"
 
 
-async def test_silent_address(resolve: Callable[..., object]) -> None:
+def resolving(*urls: str, named: str = NAMED, attempt_delay: float = ATTEMPT_DELAY) -> Resolving:
+    transport = Resolving(httpx.URL(named), **OPTIONS, attempt_delay=attempt_delay)
+    transport.urls = urls
+    return transport
+
+
+async def test_default_ports() -> None:
+    """Without a port in the URL it is the one of its scheme."""
+    with refusing() as refused:
+        for url, port in (("http://grok.test/", 80), ("https://grok.test/", 443)):
+            transport = resolving(refused, named=url)
+            assert await outcome(transport, url) == "ConnectError"
+            assert transport.asked == [("grok.test", port)]
+
+
+async def test_silent_address() -> None:
     """An address that does not answer holds up the next one for a moment only, as do all that refuse."""
     async with Server(answering(OK, then=silence)) as server:
         with unreachable() as silent, refusing() as refused:
-            resolve(silent, refused, refused, silent, server.url)
-            async with client(own(NAMED)) as http:
+            async with client(resolving(silent, refused, refused, silent, server.url)) as http:
                 started = time.monotonic()
                 assert (await http.get(NAMED)).text == "hi"
                 assert time.monotonic() - started < 5
-            resolve(refused, refused)
-            assert await outcome(own(NAMED), NAMED) == "ConnectError"
-            resolve(silent, refused)
-            assert await outcome(own(NAMED, attempt_delay=0.01), NAMED, timeout=0.1) == "ConnectTimeout"
+            assert await outcome(resolving(refused, refused), NAMED) == "ConnectError"
+            hopeless = resolving(silent, refused, attempt_delay=0.01)
+            assert await outcome(hopeless, NAMED, timeout=0.1) == "ConnectTimeout"
 
 
-async def test_two_addresses_at_once(resolve: Callable[..., object]) -> None:
+async def test_two_addresses_at_once() -> None:
     """If two addresses answer at the same time, one of the connections is used and the other is closed."""
-    async with Server(answering(OK, then=silence)) as server, Server(answering(OK, then=silence)) as other:
-        resolve(*[server.url, other.url] * 5)
-        async with client(own(NAMED, attempt_delay=0)) as http:
-            assert (await http.get(NAMED)).text == "hi"
-            await until(lambda: len(server.playing) + len(other.playing) == 1)
+    async with (
+        Server(answering(OK, then=silence)) as server,
+        Server(answering(OK, then=silence)) as other,
+        client(resolving(*[server.url, other.url] * 5, attempt_delay=0)) as http,
+    ):
+        assert (await http.get(NAMED)).text == "hi"
+        await until(lambda: len(server.playing) + len(other.playing) == 1)
 
 
 # TLS.
@@ -657,7 +662,7 @@ async def test_dropped_connection() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a socket filter")
-async def test_lost_connection() -> None:
+async def test_lost_connection_of_the_transport() -> None:
     """A connection on which nothing is acknowledged is lost after a time: one that is used, and all that are idle."""
 
     async def script(peer: Peer) -> None:
@@ -734,7 +739,7 @@ async def test_stale_connection(reset: bool) -> None:
         assert server.connections == 3
 
 
-async def test_expiry() -> None:
+async def test_expiry_of_the_transport() -> None:
     """A connection that is idle for its time is closed without another request; one that is used is not."""
     async with (
         Server(answering(OK, then=silence), answering(*[OK] * 20, then=silence)) as server,
@@ -894,7 +899,7 @@ async def test_endless_overhead(start: bytes, more: bytes) -> None:
     assert MAX_UNREAD <= sum(sent) < 20 * MAX_UNREAD
 
 
-async def test_large_head() -> None:
+async def test_large_head_of_the_transport() -> None:
     """A head that is large but within bounds is read, and does not count against the body."""
     head = b"HTTP/1.1 200 OK\r\nX: %s\r\nContent-Length: 50000\r\n\r\n" % (b"x" * 50_000)
     async with Server(answering(head + b"y" * 50_000, then=silence)) as server:
@@ -983,7 +988,7 @@ async def test_slow_reader_that_sends() -> None:
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 @pytest.mark.parametrize("content", [b"", LARGE], ids=["small", "large"])
-async def test_cancelled(scheme: str, content: bytes) -> None:
+async def test_cancelled_of_the_transport(scheme: str, content: bytes) -> None:
     """Cancelled at any point, a request leaves no connection, no task and no place taken."""
 
     async def deaf(_: Peer) -> None:

@@ -15,7 +15,7 @@ import trustme
 from chatproxy.services.grok.network import ProxyTransport
 from tests.conftest import HI, PATIENCE, refusal, serving
 from tests.readers import answer
-from tests.upstream import HANG, Gate, Step, Upstream, error, stream
+from tests.upstream import CLOSE, HANG, Gate, Step, Upstream, error, stream
 
 pytestmark = pytest.mark.anyio
 
@@ -179,7 +179,11 @@ def trusted(authority: trustme.CA, tmp_path: Path) -> str:
 def logged(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
     """The log's warnings about Grok so far; none says what is private, or what the proxy said."""
     caplog.set_level(logging.DEBUG, logger="chatproxy")
-    yield lambda: [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    yield lambda: [
+        record.getMessage()
+        for record in caplog.records
+        if record.levelno == logging.WARNING and record.name.startswith("chatproxy.services.")
+    ]
     assert CANARY not in caplog.text
 
 
@@ -296,6 +300,18 @@ async def test_refusing_proxy_without_a_tunnel(logged: Callable[[], list[str]]) 
     assert logged()[0] == "upstream_unreachable: the proxy answered 407"
 
 
+async def test_grok_hangs_up_behind_a_proxy(tls: ssl.SSLContext, trusted: str, logged: Callable[[], list[str]]) -> None:
+    """Once the request is on its way, a connection that ends is Grok's failure, and not the proxy's."""
+    async with (
+        Upstream([CLOSE], tls=tls) as grok,
+        Proxy(tunnel) as proxy,
+        serving(grok.url, https_proxy=proxy.url, ssl_cert_file=trusted, grok_retries=0) as service,
+    ):
+        response = await service.ask()
+        assert (response.status_code, refusal(response)["code"]) == (502, "upstream_error")
+    assert logged() == ["upstream_error: RemoteProtocolError"]
+
+
 async def test_failed_handshakes_take_no_place(
     tls: ssl.SSLContext, trusted: str, logged: Callable[[], list[str]]
 ) -> None:
@@ -352,19 +368,32 @@ def request(url: str) -> httpx.Request:
 
 
 async def test_idle_connections_expire() -> None:
-    """A connection that was idle for too long is closed and not used again."""
+    """Connections that were idle for too long are all closed at the next request, which has a new one."""
     async with Upstream() as grok:
         way = grok.url.removesuffix("/v1")
-        transport = ProxyTransport(way, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), keepalive_expiry=0.0, options=[])
-        for number in (1, 2, 3):
-            await asyncio.sleep(0.01)
-            response = await transport.handle_async_request(request("http://grok.invalid/v1"))
+        transport = ProxyTransport(way, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), keepalive_expiry=0.05, options=[])
+        responses = [await transport.handle_async_request(request("http://grok.invalid/v1")) for _ in range(2)]
+        for response in responses:
             assert (await response.aread()).startswith(b"{")
             await response.aclose()
             await response.stream.aclose()  # type: ignore[union-attr] # closing again changes nothing
-            assert grok.connections == number
+        await asyncio.sleep(0.1)  # the time that is the subject
+        response = await transport.handle_async_request(request("http://grok.invalid/v1"))
+        await grok.until(lambda: (grok.connections, grok.open) == (3, 1))
+        await response.aclose()
         await transport.aclose()
         await grok.until(lambda: grok.open == 0)
+
+
+async def test_refused_connection_is_closed() -> None:
+    """A connection on which the proxy has refused is not kept."""
+    async with Upstream(key=error(407, {})) as proxy:
+        way = proxy.url.removesuffix("/v1")
+        transport = ProxyTransport(way, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), keepalive_expiry=60.0, options=[])
+        with pytest.raises(httpx.ProxyError, match=r"^the proxy answered 407$"):
+            await transport.handle_async_request(request("http://grok.invalid/v1"))
+        await proxy.until(lambda: proxy.open == 0)
+        await transport.aclose()
 
 
 async def test_closed_while_in_use() -> None:

@@ -93,6 +93,19 @@ class Decoder:
     `ended`, whether nothing follows (`[DONE]`, or `failure`). `finished` holds what was said about the end so far.
     """
 
+    __slots__ = (
+        "_decoder",
+        "_model",
+        "_reason",
+        "_reasoning",
+        "_text",
+        "_usage",
+        "complete",
+        "ended",
+        "failure",
+        "progressed",
+    )
+
     def __init__(self) -> None:
         self.progressed = self.complete = self.ended = False
         self.failure: tuple[ChatError, str] | None = None  # and what of it may be logged
@@ -138,6 +151,7 @@ class Decoder:
         return events
 
     def _read(self, data: bytes, events: list[Event]) -> None:
+        cut = False
         try:
             chunk = _decode_chunk(data)
         except msgspec.ValidationError:
@@ -145,6 +159,7 @@ class Decoder:
         except ValueError:
             if not has_half(data):
                 raise
+            cut = True
             chunk = msgspec.convert(json.loads(data), Chunk | None)  # takes half an emoji for what it is
         if chunk is None:
             return
@@ -166,10 +181,16 @@ class Decoder:
         self.progressed = True
         delta = choice.delta
         if delta is not None:
-            if delta.reasoning_content and (text := self._reasoning.feed(delta.reasoning_content)):
-                events.append(ReasoningDelta(text))
-            if delta.content and (text := self._text.feed(delta.content)):
-                events.append(TextDelta(text))
+            if text := delta.reasoning_content:
+                if cut or self._reasoning.pending:
+                    text = self._reasoning.feed(text)
+                if text:
+                    events.append(ReasoningDelta(text))
+            if text := delta.content:
+                if cut or self._text.pending:
+                    text = self._text.feed(text)
+                if text:
+                    events.append(TextDelta(text))
         if choice.finish_reason:
             self._reason = choice.finish_reason
             self.complete = True

@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from chatproxy.config import Settings
+from chatproxy.config.timing import DEFAULT_TIMING, Timing
 from chatproxy.errors import ChatError, UpstreamAuth
 from chatproxy.events import Chat
 from chatproxy.metrics import Metrics
@@ -30,9 +31,6 @@ log = logging.getLogger(__name__)
 
 # Seconds. A new TLS connection costs the next chat two round trips, so idle ones are kept for minutes.
 UPSTREAM_KEEPALIVE_EXPIRY = 300.0
-
-KEY_CHECK_TIMEOUT = 5.0
-KEY_CHECK_INTERVAL = 60.0
 
 
 class KeyState(Struct):
@@ -52,8 +50,9 @@ class Grok:
     One for each event loop. `base_url` is xAI's API, or what speaks like it.
     """
 
-    def __init__(self, settings: Settings, base_url: str, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, base_url: str, metrics: Metrics, timing: Timing = DEFAULT_TIMING) -> None:
         self.settings = settings
+        self.timing = timing
         self.metrics = metrics
         self.running: set[Completion] = set()
         self.key_usable = True
@@ -124,15 +123,17 @@ class Grok:
         """Find out early that the key is unusable, and then when it is usable again. Costs no tokens."""
         while not await self._check_key():
             log.error("GROK_API_KEY: Grok does not accept this key, or it is blocked or disabled")
-            await anyio.sleep(KEY_CHECK_INTERVAL)
+            await anyio.sleep(self.timing.key_check_interval)
 
     async def _check_key(self) -> bool:
         usable = True  # also for every answer that is unclear
         try:
-            with anyio.fail_after(KEY_CHECK_TIMEOUT):
+            with anyio.fail_after(self.timing.key_check_timeout):
                 response = await self._send("GET", self._key_url, self._headers)
                 async with contextlib.aclosing(response):
-                    body = await read_beginning(aiter(cast(httpx.AsyncByteStream, response.stream)))
+                    body = await read_beginning(
+                        aiter(cast(httpx.AsyncByteStream, response.stream)), self.timing.error_timeout
+                    )
             if response.status_code == 200:
                 state = _decode_key_state(body)
                 usable = not (state.team_blocked or state.api_key_blocked or state.api_key_disabled)

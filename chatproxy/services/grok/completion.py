@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import itertools
 import math
-import random
 import time
 from collections.abc import AsyncGenerator, Callable
 from types import TracebackType
@@ -181,8 +180,9 @@ class Completion(CancellableWait):
             finally:
                 self._waiting_since = None
             await self._close()
-            # Exponential with jitter, which keeps no secret: at most half a second first, and four in the end.
-            wait = after + 0.05 if after is not None else random.uniform(0.1, 0.5) * 2 ** min(attempt, 3)  # noqa: S311
+            # Exponential with jitter: at most half a second first, and four in the end.
+            jitter = self._grok.timing.retry_jitter
+            wait = after + 0.05 if after is not None else jitter(0.1, 0.5) * 2 ** min(attempt, 3)
             too_late = self._loop.time() + wait > give_up_at
             if attempt == settings.grok_retries or (after or 0) > MAX_RETRY_WAIT or too_late:
                 try:
@@ -243,7 +243,7 @@ class Completion(CancellableWait):
 
     async def _raise_for_response(self, response: httpx.Response) -> NoReturn:
         """Raise what a response that is no event stream stands for."""
-        body = await read_beginning(self._pieces)
+        body = await read_beginning(self._pieces, self._grok.timing.error_timeout)
         status = response.status_code
         error = failures.classify(status, body)
         after: int | None = None
@@ -272,9 +272,12 @@ class Completion(CancellableWait):
         if self._timer is not None:
             self._timer.cancel()
         self._grok.running.discard(self)
-        with anyio.CancelScope(shield=True):  # a second cancellation must not leave the connection open
-            await self._close()
         self._task = None
+        if self._decoder.ended:
+            await self._close()
+        else:
+            with anyio.CancelScope(shield=True):  # a second cancellation must not leave the connection open
+                await self._close()
 
 
 class _Retryable(Exception):

@@ -38,6 +38,9 @@ text[[1]]({SOURCES[0]}), and the sources come in an event of their own[[2]]({SOU
 # About the pace at which one reads along.
 PAUSE = 0.03
 
+# A message may ask for another pace, to see what becomes of a slow or silent answer on its way.
+_PACE = re.compile(rb"one word every (\d{1,2}(?:\.\d{1,3})?) s")
+
 
 @asynccontextmanager
 async def demo() -> AsyncIterator[str]:
@@ -71,10 +74,13 @@ async def _converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) 
                     writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n")
                     writer.write(b"transfer-encoding: chunked\r\n\r\n")
                     responses = head.startswith(b"post /v1/responses ")
+                    asked = _PACE.search(body)
+                    pace = float(asked[1]) if asked else PAUSE
                     for frame in _response_frames(body) if responses else _chat_frames():
                         writer.write(b"%x\r\n%b\r\n" % (len(frame), frame))
                         await writer.drain()
-                        await asyncio.sleep(PAUSE)
+                        text = b'"content"' in frame or b"output_text.delta" in frame
+                        await asyncio.sleep(pace if text else PAUSE)
                     writer.write(b"0\r\n\r\n")
                 else:  # GET /api-key
                     writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}")

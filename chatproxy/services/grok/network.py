@@ -18,9 +18,8 @@ import socksio
 from chatproxy.config import Settings
 from chatproxy.services.grok.transport import SocketOption
 
-# How much of an upstream error is read (bytes), and for how long (seconds).
+# How much of an upstream error is read, in bytes.
 MAX_ERROR_BYTES = 65_536
-ERROR_TIMEOUT = 5.0
 
 
 def ssl_context(settings: Settings) -> ssl.SSLContext:
@@ -48,11 +47,11 @@ def cause(error: BaseException) -> str:
     return type(error).__name__
 
 
-async def read_beginning(body: AsyncIterator[bytes]) -> bytes:
-    """A short body: up to MAX_ERROR_BYTES, ERROR_TIMEOUT, or its breaking off."""
+async def read_beginning(body: AsyncIterator[bytes], seconds: float) -> bytes:
+    """A short body: up to MAX_ERROR_BYTES, `seconds`, or its breaking off."""
     content = b""
     with contextlib.suppress(httpx.TransportError):
-        with anyio.move_on_after(ERROR_TIMEOUT):
+        with anyio.move_on_after(seconds):
             async for piece in body:
                 content += piece[:MAX_ERROR_BYTES]
                 if len(content) >= MAX_ERROR_BYTES:
@@ -144,8 +143,7 @@ class ProxyTransport(httpx.AsyncBaseTransport):
 
     def keep(self, inner: httpx.AsyncHTTPTransport) -> None:
         """Its response is read, or closed: the next request may have it."""
-        if inner in self._open:
-            self._idle.append((asyncio.get_running_loop().time(), inner))
+        self._idle.append((asyncio.get_running_loop().time(), inner))
 
     async def aclose(self) -> None:
         self._idle.clear()

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 import httpx
 
 from chatproxy.config import Settings
+from chatproxy.config.timing import Timing
 from chatproxy.errors import ChatError
 from chatproxy.events import Event, Finished
 
@@ -13,6 +14,7 @@ class Client(Protocol):
     """What all completions share; see `client.Grok`."""
 
     settings: Settings
+    timing: Timing
     running: set[Any]
     """The completions that are being made."""
     rate_limited_until: float

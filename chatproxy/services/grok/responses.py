@@ -158,6 +158,8 @@ class Decoder:
             return
         if index is not None or kind.endswith(".delta"):
             self.progressed = self._begun = True
+        if event.response is not None:
+            self._note(event.response)
         index, part = index or 0, event.content_index or 0
         match kind:
             case "response.output_text.delta":
@@ -193,8 +195,13 @@ class Decoder:
             case "response.completed" | "response.incomplete":
                 self._finish(kind, event.response or Response(), events)
             case _:
-                if event.response is not None and isinstance(event.response.model, str):
-                    self._model = event.response.model
+                pass
+
+    def _note(self, response: Response) -> None:
+        if isinstance(response.model, str):
+            self._model = response.model
+        if response.usage and bytes(response.usage) != b"null":
+            self._usage = response.usage.copy()  # else it would keep the whole event in memory
 
     def _reason_about(
         self, index: int, kind: str, part: int, text: Any, events: list[Event], *, whole: bool = False
@@ -237,10 +244,6 @@ class Decoder:
             self._reason = "content_filter" if self._refused else "stop"
         else:
             self._reason = _REASONS.get(reason, reason) if reason and isinstance(reason, str) else "length"
-        if isinstance(response.model, str):
-            self._model = response.model
-        if response.usage and bytes(response.usage) != b"null":
-            self._usage = response.usage.copy()  # else it would keep the whole event in memory
         self.progressed = self._begun = True
         self._complete(events)
 

@@ -117,13 +117,17 @@ class Transport(httpx.AsyncBaseTransport):
                 return connection
         return None
 
+    async def look_up(self, host: str, port: int) -> list[tuple[Any, ...]]:
+        """The addresses of a host, as `socket.getaddrinfo` gives them. Raises OSError."""
+        return await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+
     async def _connect(self, seconds: float | None) -> "ClientConnection":
         try:
             async with asyncio.timeout(seconds):
                 _, connection = await asyncio.get_running_loop().create_connection(
                     lambda: ClientConnection(self),
                     sock=await connect_happy_eyeballs(
-                        self._host, self._port, self._socket_options, self._attempt_delay
+                        await self.look_up(self._host, self._port), self._socket_options, self._attempt_delay
                     ),
                     ssl=self._ssl_context,
                     server_hostname=None if self._ssl_context is None else self._host,
@@ -375,15 +379,15 @@ def socket_options(seconds: float) -> list[SocketOption]:
 
 
 async def connect_happy_eyeballs(
-    host: str, port: int, options: Sequence[SocketOption], attempt_delay: float
+    found: list[tuple[Any, ...]], options: Sequence[SocketOption], attempt_delay: float
 ) -> socket.socket:
-    """A connection to whichever of the host's addresses answers first, after RFC 8305.
+    """A connection to whichever of the addresses answers first, after RFC 8305.
 
-    The next address is tried when one fails, or beside it after `attempt_delay` seconds.
-    Raises OSError: the last attempt's, or that of the name look-up.
+    The next address is tried when one fails, or beside it after `attempt_delay` seconds. Raises the last attempt's
+    OSError.
     """
     loop = asyncio.get_running_loop()
-    addresses = deque(await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+    addresses = deque(found)
     attempts: set[asyncio.Task[socket.socket | OSError]] = set()
     try:
         while True:

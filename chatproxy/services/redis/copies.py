@@ -17,8 +17,9 @@ from chatproxy.config import Settings
 from chatproxy.errors import ReplayLost, StoreUnavailable, StreamNotFound, UpstreamCutOff
 from chatproxy.events import Failed
 from chatproxy.services.redis.commands import PIPELINE_TIMEOUT, Command, Commands, Reply
+from chatproxy.services.redis.entries import Entry, encode
 from chatproxy.services.redis.mirrors import Mirrors
-from chatproxy.services.redis.scripts import WRITE, Entry, Keys, encode
+from chatproxy.services.redis.scripts import WRITE, Keys
 from chatproxy.services.resumable import ResumableStream
 from chatproxy.services.store import MemoryStore
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import anyio
-import msgspec
 from redis.exceptions import RedisError
 
 from chatproxy.config import Settings
@@ -18,8 +17,9 @@ from chatproxy.formats.plain import Plain
 from chatproxy.formats.ui_messages import UIMessages
 from chatproxy.services.redis.commands import Command, Commands
 from chatproxy.services.redis.copies import ASKING_TTL, RedisStore
-from chatproxy.services.redis.mirrors import OUTAGE, Remotes, decode_error
-from chatproxy.services.redis.scripts import CLAIM, FORMAT, NOTE_READ, RELEASE, Keys
+from chatproxy.services.redis.entries import FORMAT, decode_error, encode_error
+from chatproxy.services.redis.mirrors import Remotes
+from chatproxy.services.redis.scripts import CLAIM, NOTE_READ, RELEASE, Keys
 from chatproxy.services.resumable import STREAM_ID, ResumableStream, other_body
 
 log = logging.getLogger(__name__)
@@ -36,12 +36,21 @@ _FIELDS = ("version", "owner", "state", "digest", "request", "format", "named")
 class RedisDirectory:
     """The answers of all replicas that share a Redis and a prefix."""
 
-    def __init__(self, commands: Commands, store: RedisStore, keys: Keys, settings: Settings, remotes: Remotes) -> None:
+    def __init__(
+        self,
+        commands: Commands,
+        store: RedisStore,
+        keys: Keys,
+        settings: Settings,
+        remotes: Remotes,
+        outage: float,
+    ) -> None:
         self._commands = commands
         self._store = store
         self._keys = keys
         self._status_hold = settings.status_hold
         self._remotes = remotes
+        self._outage = outage
         self._unsent: list[Command] = []  # releases, to be sent when Redis is there again
         self._waiting: set[asyncio.Task[None]] = set()
         self._warned = False
@@ -87,7 +96,7 @@ class RedisDirectory:
                 keys.name(stream.name) if stream.name else "",
                 keys.channel(stream.id),
             ],
-            *(stream.id, keys.owner, msgspec.msgpack.encode((error.code, error.message, error.retry_after))),
+            *(stream.id, keys.owner, encode_error(error)),
         )
         if self._commands.available:
             self._commands.send(command)
@@ -206,7 +215,7 @@ class RedisDirectory:
         try:
             [reply] = await self._commands.execute(("PUBSUB", "NUMSUB", self._keys.channel(stream.id)))
         except StoreUnavailable:
-            return asyncio.get_running_loop().time() - self._commands.lost_at < OUTAGE
+            return asyncio.get_running_loop().time() - self._commands.lost_at < self._outage
         return not isinstance(reply, RedisError) and bool(reply[1])
 
     async def aclose(self) -> None:

@@ -5,17 +5,16 @@ certain that a message was the next one, the stream is read.
 """
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from weakref import WeakValueDictionary
 
 import anyio
-import msgspec
 from redis.exceptions import RedisError
 
 from chatproxy.config import Settings
+from chatproxy.config.timing import Timing
 from chatproxy.errors import (
     ChatError,
     InternalError,
@@ -23,25 +22,18 @@ from chatproxy.errors import (
     StoreUnavailable,
     StreamNotFound,
     UpstreamCutOff,
-    by_code,
 )
 from chatproxy.events import Failed
 from chatproxy.services.redis.commands import PIPELINE_TIMEOUT, Commands
-from chatproxy.services.redis.scripts import END_FOR_DEAD, Entry, Keys, decode, encode
+from chatproxy.services.redis.entries import Entry, decode_entry, decode_error, encode
+from chatproxy.services.redis.scripts import END_FOR_DEAD, Keys
 from chatproxy.services.redis.subscriptions import Subscriptions
 from chatproxy.services.resumable import FINAL_EVENT_NUMBER, ResumableStream
 from chatproxy.services.store import MemoryStore
 
 log = logging.getLogger(__name__)
 
-# Seconds. A replica that has not renewed its lease for so long is dead, or as good as dead to the others.
-LEASE = 6.0
-# Two looks, so far apart, must both miss it.
-SECOND_LOOK = 1.0
-# Without news an answer is looked at that often; and after so long without Redis it is given up.
-SILENCE = 1.0
-OUTAGE = 10.0
-# How long a reader waits for the subscription before it is content with what is stored.
+# Seconds. How long a reader waits for the subscription before it is content with what is stored.
 SUBSCRIBE_TIMEOUT = 1.0
 # What an answer may take longer than STREAM_TIMEOUT until its end must have come.
 LATE = 30.0
@@ -65,6 +57,7 @@ class Mirror:
         self.error: ChatError | None = None
         self._stream = stream
         self._all = mirrors
+        self._timing = mirrors.timing
         self._loop = asyncio.get_running_loop()
         self._doubt = asyncio.Event()
         self._heard = self._since = self._loop.time()
@@ -82,9 +75,9 @@ class Mirror:
                 try:
                     await self._catch_up()
                 except StoreUnavailable:
-                    if self._loop.time() - self._heard > OUTAGE:
+                    if self._loop.time() - self._heard > self._timing.store_outage:
                         self.give_up(ReplayLost())
-                    await anyio.sleep(SILENCE / 4)
+                    await anyio.sleep(self._timing.sweep_interval / 4)
                     continue
                 await self._wait_for_doubt()
         except ChatError as error:  # there is no room for it
@@ -98,9 +91,9 @@ class Mirror:
     async def _wait_for_doubt(self) -> None:
         """Until it is not certain that all is here; without any news that is soon."""
         while not self._doubt.is_set():
-            with anyio.move_on_after(SILENCE):
+            with anyio.move_on_after(self._timing.sweep_interval):
                 await self._doubt.wait()
-            if self._loop.time() - self._heard >= SILENCE:
+            if self._loop.time() - self._heard >= self._timing.sweep_interval:
                 return
 
     def leave(self) -> None:
@@ -111,7 +104,7 @@ class Mirror:
         """What was published: the next frames, or only that there is something to be looked at."""
         if self.end is not None or self.error is not None:
             return
-        entry = _decode(message) if message else None
+        entry = decode_entry(message) if message else None
         if entry is None or self.have is None or entry.first > self.have + 1:
             self._doubt.set()
             return
@@ -156,7 +149,7 @@ class Mirror:
                 return
             self._heard = self._loop.time()
             for _, fields in entries:
-                entry = _decode(fields[1])
+                entry = decode_entry(fields[1])
                 if entry is None or entry.first > (entry.first if self.have is None else self.have + 1):
                     self.give_up(ReplayLost())  # not ours, or trimmed meanwhile
                     return
@@ -182,7 +175,7 @@ class Mirror:
             self.give_up(ReplayLost() if state == b"ended" else UpstreamCutOff())
         elif state is None or owner is None:  # expired; or Redis has lost it, and its owner may write it again
             self._vanished_since = self._vanished_since or now
-            if now - self._vanished_since > OUTAGE:
+            if now - self._vanished_since > self._timing.store_outage:
                 self.give_up(ReplayLost())
         elif await self._is_dead(owner.decode(errors="replace"), now):
             await self._end_for(owner)
@@ -193,11 +186,11 @@ class Mirror:
         commands = self._all.commands
         [alive] = await commands.execute(("EXISTS", self._all.keys.lease(owner)))
         # A server that was just started, or reached, may not know the leases yet.
-        if alive or now - commands.connected_at < LEASE:
+        if alive or now - commands.connected_at < self._timing.lease:
             self._missing_since = None
             return False
         self._missing_since = self._missing_since or now
-        return now - self._missing_since >= SECOND_LOOK * 0.9
+        return now - self._missing_since >= self._timing.sweep_interval * 0.9  # two looks have missed it
 
     async def _end_for(self, owner: bytes) -> None:
         assert self.have is not None
@@ -221,12 +214,14 @@ class Mirrors:
         subscriptions: Subscriptions,
         keys: Keys,
         settings: Settings,
+        timing: Timing,
         remotes: Remotes,
     ) -> None:
         self.memory = memory
         self.commands = commands
         self.subscriptions = subscriptions
         self.keys = keys
+        self.timing = timing
         self.stream_timeout = settings.stream_timeout
         self.replay_ttl = settings.replay_ttl
         self._remotes = remotes
@@ -240,7 +235,7 @@ class Mirrors:
     async def last(self, id: str) -> tuple[int, bool]:
         """Where a stream ends. While it runs, any number may be: its owner is ahead of what is stored."""
         entries = await self.commands.demand("XREVRANGE", self.keys.events(id), "+", "-", "COUNT", 1)
-        entry = _decode(entries[0][1][1]) if entries else None
+        entry = decode_entry(entries[0][1][1]) if entries else None
         if entry is None or not entry.end:
             return FINAL_EVENT_NUMBER - 1, False
         return FINAL_EVENT_NUMBER if entry.by_proxy else entry.first + len(entry.frames) - 1, True
@@ -291,19 +286,3 @@ class Mirrors:
             task.cancel()
             await asyncio.wait([task])
             mirror.give_up(ReplayLost())
-
-
-def _decode(content: bytes) -> Entry | None:
-    """What is in an entry; None where it is not ours."""
-    try:
-        return decode(content)
-    except (msgspec.DecodeError, RecursionError):
-        return None
-
-
-def decode_error(content: bytes | None) -> ChatError:
-    """The error of an answer that was refused before its status."""
-    with contextlib.suppress(msgspec.DecodeError):
-        code, message, retry_after = msgspec.msgpack.decode(content or b"", type=tuple[str, str, int | None])
-        return by_code(code)(message, retry_after=retry_after)
-    return StoreUnavailable()

@@ -11,12 +11,13 @@ import anyio
 from redis.exceptions import RedisError
 
 from chatproxy.config import Settings
+from chatproxy.config.timing import Timing
 from chatproxy.errors import StoreUnavailable
 from chatproxy.services.redis.commands import Commands
 from chatproxy.services.redis.copies import RedisStore
 from chatproxy.services.redis.directory import RedisDirectory
 from chatproxy.services.redis.limits import Fallback, RedisConcurrency, RedisRateLimiter
-from chatproxy.services.redis.mirrors import LEASE, Mirrors, Remotes
+from chatproxy.services.redis.mirrors import Mirrors, Remotes
 from chatproxy.services.redis.scripts import RETRY_AFTER, Keys
 from chatproxy.services.redis.subscriptions import Subscriptions
 from chatproxy.services.store import MemoryStore
@@ -25,7 +26,6 @@ from chatproxy.services.streams import StreamRegistry
 log = logging.getLogger(__name__)
 
 # Seconds.
-SWEEP = 1.0
 FLUSH_TIMEOUT = 1.0  # for the last frames, when this replica stops
 COUNTS_SWEEP = 20  # sweeps between two renewals of how much callers have running
 
@@ -39,17 +39,18 @@ class Upstream(Protocol):
 class Replicas:
     """All that takes the place of what a single process keeps in its memory."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, timing: Timing) -> None:
         assert settings.redis_url is not None
         # A name of this start: what a replica was before it was started anew is another one's, and dead.
         self._keys = Keys(settings, secrets.token_urlsafe(12))
+        self._timing = timing
         self.commands = Commands(settings.redis_url)
-        self._subscriptions = Subscriptions(settings.redis_url)
+        self._subscriptions = Subscriptions(settings.redis_url, 3 * timing.sweep_interval)
         remotes: Remotes = WeakValueDictionary()
         memory = MemoryStore(settings.replay_bytes, settings.replay_total_bytes)
-        self._mirrors = Mirrors(memory, self.commands, self._subscriptions, self._keys, settings, remotes)
+        self._mirrors = Mirrors(memory, self.commands, self._subscriptions, self._keys, settings, timing, remotes)
         self.store = RedisStore(memory, self.commands, self._mirrors, self._keys, settings)
-        self.directory = RedisDirectory(self.commands, self.store, self._keys, settings, remotes)
+        self.directory = RedisDirectory(self.commands, self.store, self._keys, settings, remotes, timing.store_outage)
         fallback = Fallback(settings, self.commands)
         self.rate_limiter = RedisRateLimiter(settings, self.commands, self._keys, fallback)
         self.concurrency = RedisConcurrency(settings, self.commands, self._keys, fallback)
@@ -99,7 +100,7 @@ class Replicas:
     async def _sweep_for_ever(self) -> None:
         number = 0
         while True:
-            with anyio.move_on_after(SWEEP):
+            with anyio.move_on_after(self._timing.sweep_interval):
                 await self._due.wait()
             self._due = anyio.Event()
             with suppress(StoreUnavailable):
@@ -113,7 +114,7 @@ class Replicas:
         keys, running = self._keys, self.store.running()
         flags = [("MGET", *map(keys.stop, running))] if running else []
         lease, _, wait, *replies = await self.commands.execute(
-            ("SET", keys.own_lease, "1", "PX", int(LEASE * 1000)),
+            ("SET", keys.own_lease, "1", "PX", int(self._timing.lease * 1000)),
             # The other connection takes silence for its loss.
             ("PUBLISH", keys.own_lease, "alive"),
             ("PTTL", keys.retry_after),

@@ -5,34 +5,9 @@ name: what a client chooses becomes a keyed digest. `{id}` keeps the keys of one
 """
 
 import hashlib
-from typing import Any, Literal
-
-import msgspec
+from typing import Any
 
 from chatproxy.config import Settings
-
-FORMAT = b"1"
-"""What the fields and frames look like. What another version has written is not found."""
-
-
-encode = msgspec.msgpack.encode
-
-
-class Entry(msgspec.Struct, array_like=True):
-    """What one entry of an answer's Redis stream consists of, and what is published of it.
-
-    `first` is the number of the first frame. `end` is empty while more follows. `by_proxy`: the end is not the owner's
-    own, who may have told its readers more; so whatever number a reader has, this comes after it.
-    """
-
-    first: int
-    frames: list[bytes]
-    end: Literal["", "done", "failed", "left"] = ""
-    code: str | None = None
-    by_proxy: bool = False
-
-
-decode = msgspec.msgpack.Decoder(Entry).decode
 
 
 class Keys:

@@ -12,17 +12,18 @@ from chatproxy.services.redis.commands import RECONNECT_INTERVAL, make_connectio
 
 log = logging.getLogger(__name__)
 
-# Seconds. A replica publishes something to itself every second; so long without anything is a connection that is lost.
-SILENCE = 3.0
-
 Listener = Callable[[bytes | None], None]
 """Given each message; and None whenever the subscription has begun (again): messages may have been missed."""
 
 
 class Subscriptions:
-    """At most one listener for each channel. `run` it in a task."""
+    """At most one listener for each channel. `run` it in a task.
 
-    def __init__(self, url: str) -> None:
+    So many seconds of `silence` are a connection that is lost: a replica publishes something to itself more often.
+    """
+
+    def __init__(self, url: str, silence: float) -> None:
+        self._silence = silence
         self._url = url
         self._listeners: dict[bytes, Listener] = {}
         self._connection: Connection | UnixDomainSocketConnection | None = None
@@ -68,7 +69,7 @@ class Subscriptions:
 
     async def _read(self, connection: Connection | UnixDomainSocketConnection) -> None:
         while True:
-            with anyio.fail_after(SILENCE):
+            with anyio.fail_after(self._silence):
                 kind, channel, data = await connection.read_response(disconnect_on_error=False)
             listener = self._listeners.get(channel)
             if listener is not None and kind in (b"subscribe", b"message"):

@@ -1,4 +1,4 @@
-"""Nothing is unbounded (C4, C6): neither places, nor memory, nor the time a stuck reader is waited for."""
+"""Nothing is unbounded: neither places, nor memory, nor the time a stuck reader is waited for."""
 
 import asyncio
 import re
@@ -314,7 +314,7 @@ def flood(_: Call) -> Steps:
 
 @LINUX
 @pytest.mark.parametrize("resumable", [False, True], ids=["plain", "resumable"])
-async def test_stuck_reader(resumable: bool) -> None:
+async def test_stuck_reader_and_its_place(resumable: bool) -> None:
     """A reader who takes nothing for WRITE_TIMEOUT is dropped, socket and all; Grok is hung up on, a place free."""
     changes = {"write_timeout": WRITE_TIMEOUT, "max_streams": 1, "resume_window": 0.1, "replay_bytes": 100_000}
     async with (

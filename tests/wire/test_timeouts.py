@@ -1,4 +1,4 @@
-"""The four clocks (C4): each alone ends a chat with its own code, and nothing else winds it up again."""
+"""The four clocks: each alone ends a chat with its own code, and nothing else winds it up again."""
 
 import asyncio
 import json
@@ -9,6 +9,7 @@ from itertools import chain, repeat
 
 import pytest
 
+from chatproxy.config.timing import Timing
 from tests.conftest import HI, Caller, Local, Service, failure, refusal, serving
 from tests.readers import answer
 from tests.upstream import (
@@ -231,27 +232,29 @@ async def test_stream_timeout_while_connecting() -> None:
     assert SHORT <= seconds < SHORT + 1
 
 
-async def test_stream_timeout_while_the_loop_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_stream_timeout_while_the_loop_is_busy() -> None:
     """A clock that runs out unseen, just before another try, ends that try all the same."""
 
     def busy(*_: float) -> float:
         time.sleep(2 * SHORT)  # on purpose: nothing else runs meanwhile
         return 0
 
-    monkeypatch.setattr("random.uniform", busy)
     changes = {**LONG, "stream_timeout": SHORT, "grok_retries": 1}
-    async with Upstream(error(503, {"error": "at capacity"}), [HANG]) as grok, serving(grok.url, **changes) as service:
+    async with (
+        Upstream(error(503, {"error": "at capacity"}), [HANG]) as grok,
+        serving(grok.url, Timing(retry_jitter=busy), **changes) as service,
+    ):
         assert refusal(await service.ask())["code"] == "stream_timeout"
 
 
-async def test_clock_of_each_try(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_clock_of_each_try() -> None:
     """The first token's clock begins anew with each try: two of them together may take longer."""
-    monkeypatch.setattr("random.uniform", lambda low, _: low)  # the shortest wait
+    timing = Timing(retry_jitter=lambda low, _: low)  # the shortest wait
     slow_error = [0.4, *error(503, {"error": "at capacity"})]
     slow_answer = [0.6, *stream("late")]
     async with (
         Upstream(slow_error, slow_answer) as grok,
-        serving(grok.url, **{**LONG, "first_token_timeout": 0.9, "grok_retries": 1}) as service,
+        serving(grok.url, timing, **{**LONG, "first_token_timeout": 0.9, "grok_retries": 1}) as service,
     ):
         assert answer((await service.ask()).content) == "late"
         assert len(grok.calls) == 2
@@ -328,13 +331,13 @@ async def test_stream_timeout_of_a_slow_reader() -> None:
     assert json.loads(data.removeprefix(b"data: "))["error"]["code"] == "stream_timeout"
 
 
-async def test_half_an_error_body_is_read_for_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The body of an error has a clock of its own; what there is of it decides, and the clocks of C4 do not strike."""
-    monkeypatch.setattr("chatproxy.services.grok.network.ERROR_TIMEOUT", SHORT)
+async def test_half_an_error_body_is_read_for_a_time() -> None:
+    """The body of an error has a clock of its own; what there is of it decides, and the four clocks do not strike."""
+    timing = Timing(error_timeout=SHORT)
     loop = asyncio.get_running_loop()
     start = head(500, {"Content-Type": "text/html", "Connection": "close"})
     endless: Iterator[Step] = chain([start], chain.from_iterable(repeat((b"x", 0.01))))
-    async with Upstream(endless) as grok, serving(grok.url, **LONG) as service:
+    async with Upstream(endless) as grok, serving(grok.url, timing, **LONG) as service:
         began = loop.time()
         async with asyncio.timeout(5):
             response = await service.ask()

@@ -1,4 +1,4 @@
-"""What people say, what Grok says and the key are seen by nobody who runs the service (E5)."""
+"""What people say, what Grok says and the key are seen by nobody who runs the service."""
 
 import io
 import json

@@ -21,6 +21,7 @@ from tests.upstream import HANG, STREAM_HEAD, Step, Upstream, chunk, frame, fram
 
 pytestmark = [
     pytest.mark.anyio,
+    pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="what another process has used is read as Linux has it"),
 ]
 

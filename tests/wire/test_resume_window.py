@@ -115,7 +115,7 @@ async def test_answers_that_end_by_themselves(grok: Upstream, service: Local) ->
     assert (gone.status_code, refusal(gone)["code"]) == (404, "stream_not_found")
 
 
-# Hanging up on request (D5).
+# Hanging up on request.
 
 
 async def delete(service: Service, id: str) -> httpx.Response:

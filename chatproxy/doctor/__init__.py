@@ -1,0 +1,1 @@
+"""`python -m chatproxy doctor URL`: examines a deployed service from where its users are."""
