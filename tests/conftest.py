@@ -28,18 +28,22 @@
 
 Unless changed: a key, no retries other than the defaults, HOST=127.0.0.1, and a port that is free.
 A test that makes anything log a traceback fails. With REQUIRE_ALL=1 a skipped test is a failed one.
+REDIS_URL=redis://… runs the tests with a Redis of that address, and with REPLICAS=2 each service is two, behind a
+proxy that gives each connection to the next one. (For the tests of what replicas have in common; others look at one.)
 GROK_TRANSPORT=httpx runs the tests over httpx's own transport; those marked `own_transport` then have no use.
 """
 
 import asyncio
+import itertools
 import json
 import os
 import random
+import secrets
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +72,9 @@ def environment(upstream_url: str, **changes: object) -> dict[str, str]:
         "grok_base_url": upstream_url,
         "grok_api_key": KEY,
         "grok_transport": os.environ.get("GROK_TRANSPORT"),
+        "redis_url": os.environ.get("REDIS_URL"),
+        # What one test leaves there is nothing to another.
+        "redis_prefix": f"test:{secrets.token_hex(4)}:",
         "host": "127.0.0.1",
         "port": 0,
         **changes,
@@ -306,13 +313,13 @@ class Spawned(Service):
     reading: asyncio.Task[None]
 
 
-def _client(port: int) -> httpx.AsyncClient:
+def _client(port: int, *, keep: bool = True) -> httpx.AsyncClient:
     # No limit of connections, no environment, and keep-alives that cannot outlive the server.
     return httpx.AsyncClient(
         base_url=f"http://127.0.0.1:{port}",
         timeout=PATIENCE,
         trust_env=False,
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=100),
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=100 if keep else 0),
     )
 
 
@@ -320,8 +327,65 @@ def _client(port: int) -> httpx.AsyncClient:
 async def serving(upstream_url: str, timing: Timing = DEFAULT_TIMING, /, **changes: object) -> AsyncIterator[Local]:
     """The service in this loop, on a free port, stopped at the end. `timing`: what no setting changes."""
     settings = config.load(environment(upstream_url, **changes))
-    async with Server(settings, timing).running() as port, _client(port) as client:
+    async with AsyncExitStack() as stack:
+        ports = [
+            await stack.enter_async_context(Server(settings, timing).running())
+            for _ in range(int(os.environ.get("REPLICAS", "1")))
+        ]
+        port = ports[0] if len(ports) == 1 else await stack.enter_async_context(round_robin(ports))
+        client = await stack.enter_async_context(_client(port, keep=len(ports) == 1))
+        if settings.redis_url and "redis_url" not in changes:
+            await seen(ports)
         yield Local(port, client, settings)
+
+
+async def seen(ports: Sequence[int]) -> None:
+    """Wait until these services have seen their Redis."""
+    for port in ports:
+        async with _client(port) as client, asyncio.timeout(PATIENCE):
+            while "store_unavailable" in (await client.get("/readyz")).text:  # noqa: ASYNC110 -- nobody tells when
+                await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def round_robin(ports: Sequence[int]) -> AsyncIterator[int]:
+    """A proxy that gives each connection to the next of these ports; gives its own port."""
+    turns = itertools.cycle(ports)
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while piece := await reader.read(65536):
+                writer.write(piece)
+                await writer.drain()
+            writer.write_eof()
+        except OSError:
+            writer.transport.abort()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.add(task)
+        try:
+            to_reader, to_writer = await asyncio.open_connection("127.0.0.1", next(turns))
+            try:
+                await asyncio.gather(pump(reader, to_writer), pump(to_reader, writer))
+            finally:
+                to_writer.close()
+        except (OSError, asyncio.CancelledError):
+            pass  # as a proxy does: both connections are closed
+        finally:
+            writer.close()
+            tasks.discard(task)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        for task in list(tasks):
+            task.cancel()
+        await asyncio.wait([asyncio.ensure_future(asyncio.sleep(0)), *tasks])
 
 
 @asynccontextmanager

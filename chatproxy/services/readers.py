@@ -33,12 +33,17 @@ class Readers:
                 yield
             finally:
                 stream.readers -= 1
-                if not stream.readers and stream.upstream is not None:
-                    # Whoever left before the status, and gave no key or name, has no way to come back.
-                    can_return = not stream.disowned and (stream.status_sent or stream.key or stream.name)
-                    window = self._resume_window if can_return else 0
-                    loop = asyncio.get_running_loop()
-                    stream.abandon_timer = loop.call_later(window, self._abandon, stream, window)
+                self.left(stream)
+
+    def left(self, stream: ResumableStream) -> None:
+        """Somebody has left, here or elsewhere."""
+        if not stream.readers and stream.upstream is not None:
+            if stream.abandon_timer:
+                stream.abandon_timer.cancel()
+            # Whoever left before the status, and gave no key or name, has no way to come back.
+            can_return = not stream.disowned and (stream.status_sent or stream.key or stream.name)
+            window = self._resume_window if can_return else 0
+            stream.abandon_timer = asyncio.get_running_loop().call_later(window, self._abandon, stream, window)
 
     def _abandon(self, stream: ResumableStream, window: float) -> None:
         task = stream.abandon_timer = asyncio.create_task(self._abandon_unless_read(stream, window))

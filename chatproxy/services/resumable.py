@@ -45,6 +45,7 @@ class ResumableStream:
         self.claimed = asyncio.Event()  # it is known whether its key is its own
         self.taken_by: ResumableStream | None = None  # which had the key before
         self.disowned = False  # other replicas have told an end of it
+        self.over = False  # another replica's: it has ended
         self.summary = summary
         self.key = key
         self.body_digest = body_digest

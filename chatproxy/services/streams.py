@@ -162,6 +162,11 @@ class StreamRegistry:
         stream.upstream.cancel_with(Stopped())
         return True
 
+    def note_left(self, id: str) -> None:
+        """A reader has left another replica: the resume window begins then."""
+        if (stream := self._streams.get(id)) is not None:
+            self._readers.left(stream)
+
     def disown(self, id: str) -> None:
         """Other replicas took this one for dead, and have told an end of that answer. It goes on for readers here."""
         stream = self._streams.pop(id, None)

@@ -130,6 +130,7 @@ class RedisDirectory:
             name = "named" if named == b"1" else None
             stream = ResumableStream(None, StreamSummary(request_id), make, None, b"", name, id)
             self._remotes[id] = stream
+        stream.over = state == b"ended"
         if state != b"asking":
             stream.status_sent = True
             stream.first_chunk_or_error.set()

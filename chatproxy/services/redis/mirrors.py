@@ -61,6 +61,7 @@ class Mirror:
         self._loop = asyncio.get_running_loop()
         self._doubt = asyncio.Event()
         self._heard = self._since = self._loop.time()
+        self._owner: str | None = None
         self._missing_since: float | None = None
         self._vanished_since: float | None = None
 
@@ -99,6 +100,9 @@ class Mirror:
     def leave(self) -> None:
         """Listen no more; the owner asks who does."""
         self._all.subscriptions.unsubscribe(self._all.keys.channel(self.id), self.receive)
+        owner, self._owner = self._owner, None
+        if owner is not None and self.end is None:  # from now on it counts how long nobody has read
+            self._all.commands.send(("PUBLISH", self._all.keys.lease(owner), f"left {self.id}"))
 
     def receive(self, message: bytes | None) -> None:
         """What was published: the next frames, or only that there is something to be looked at."""
@@ -175,12 +179,16 @@ class Mirror:
             self.give_up(ReplayLost() if state == b"ended" else UpstreamCutOff())
         elif state is None or owner is None:  # expired; or Redis has lost it, and its owner may write it again
             self._vanished_since = self._vanished_since or now
-            if now - self._vanished_since > self._timing.store_outage:
+            if self._stream.over or now - self._vanished_since > self._timing.store_outage:
                 self.give_up(ReplayLost())
-        elif await self._is_dead(owner.decode(errors="replace"), now):
+        elif await self._is_dead(self._note_owner(owner), now):
             await self._end_for(owner)
         else:
             self._vanished_since = None
+
+    def _note_owner(self, owner: bytes) -> str:
+        self._owner = owner.decode(errors="replace")
+        return self._owner
 
     async def _is_dead(self, owner: str, now: float) -> bool:
         commands = self._all.commands

@@ -90,8 +90,11 @@ class Replicas:
         self._due.set()  # a lease may have run out meanwhile
 
     def _told(self, message: bytes | None) -> None:
-        if message is not None and message.startswith(b"stop "):
-            self._streams.stop_own(message[5:].decode(errors="replace"))
+        what, _, id = (message or b"").decode(errors="replace").partition(" ")
+        if what == "stop":
+            self._streams.stop_own(id)
+        elif what == "left":
+            self._streams.note_left(id)
 
     def _told_to_wait(self, message: bytes | None) -> None:
         if message is not None and message.isdigit():
