@@ -106,7 +106,7 @@ class RedisServer:
         ) as client:
             return client.execute_command(*command)
 
-    def keys(self) -> dict[str, int]:
+    def everything(self) -> dict[str, int]:
         """All keys, and the milliseconds that each has to live (-1: for ever)."""
         found: dict[str, int] = {}
         for key in self.do("KEYS", "*"):
