@@ -153,7 +153,7 @@ async def test_searches_and_sources(page: Page) -> None:
         links = answer.get_by_role("link")
         await expect(links).to_have_text(["<img src=x onerror=alert(1)>", "http://example.org/"])
         for link in await links.all():
-            assert await link.get_attribute("rel") == "noopener noreferrer"
+            assert await link.get_attribute("rel") == "noreferrer noopener"
             assert await link.get_attribute("target") == "_blank"
         assert [request.get("tools") for request in asked] == [None, ["web_search", "x_search"]]
         assert asked[1]["include"] == ["reasoning", "finish", "tools", "citations"]

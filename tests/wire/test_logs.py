@@ -130,7 +130,7 @@ async def test_lines_of_other_requests(log_format: str) -> None:
             "invalid": ("POST", "/api/chat", {**CHAT, "status": 415, "code": "unsupported_media_type"}),
             "unknown": (
                 "GET",
-                "/api/chat/canary/stream",
+                f"/api/chat/canary{'0' * 16}/stream",
                 {"route": "/api/chat/{id}/stream", "status": 404, "code": "stream_not_found"},
             ),
             "stop": ("DELETE", "/api/chat/canary", {"route": "/api/chat/{id}", "status": 204}),

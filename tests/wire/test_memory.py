@@ -76,7 +76,7 @@ async def test_conversations_are_let_go(end: str, resumable: bool, no_collector:
                     group.create_task(chat(number))
             await grok.until(lambda: grok.playing == 0, within=30)
             kept.append(resident(service))
-        assert min(kept[-2:]) - max(kept[:2]) < SIZE_MB
+        assert min(kept[-2:]) - max(kept[:2]) < 2 * SIZE_MB
 
 
 @pytest.mark.slow
