@@ -46,7 +46,7 @@ async def _shared(settings: Settings, metrics: Metrics, grok: Grok, timing: Timi
     from chatproxy.services.redis.replicas import Replicas  # noqa: PLC0415 -- slow, and of no use to others
 
     replicas = Replicas(settings, timing)
-    metrics.store_available.set_function(lambda: replicas.commands.available)
+    metrics.watch_store(lambda: replicas.commands.available)
     grok.on_rate_limited = replicas.remember_rate_limit
     streams = StreamRegistry(replicas.store, settings, readers, metrics, replicas.directory)
     async with replicas.running(streams, grok):

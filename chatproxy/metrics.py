@@ -3,6 +3,7 @@
 Their labels are routes, statuses and codes of our own; nothing a caller sends becomes one.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -63,16 +64,17 @@ class Metrics:
         self.unread_deltas = Counter(
             "chatproxy_unread_deltas", "Deltas received (and paid) that nobody ever read.", registry=registry
         )
-        self.store_available = Gauge(
-            "chatproxy_store_available", "1 while Redis can be reached; always, where there is none.", registry=registry
-        )
-        self.store_available.set(1)
         self.hang_up = Histogram(
             "chatproxy_hang_up_seconds",
             "From the client's disconnect to the closing of Grok's stream.",
             registry=registry,
             buckets=_FAST,
         )
+
+    def watch_store(self, available: Callable[[], bool]) -> None:
+        """Tell whether the store can be reached. (What is in memory always can.)"""
+        gauge = Gauge("chatproxy_store_available", "1 while Redis can be reached, else 0.", registry=self._registry)
+        gauge.set_function(available)
 
     def count(self, summary: StreamSummary) -> None:
         """Add an answer that has ended."""

@@ -8,7 +8,8 @@ NO_ROUTE_ERRORS: Kinds = {errors.NotFound, errors.MethodNotAllowed}
 HEALTH_ERRORS: Kinds = {errors.HeadersTooLarge, errors.InternalError}
 NON_API_ERRORS: Kinds = {*HEALTH_ERRORS, errors.HostNotAllowed}
 API_ERRORS: Kinds = {*NON_API_ERRORS, errors.OriginNotAllowed}
-BY_ID_ERRORS: Kinds = {*API_ERRORS, errors.NotFound}  # an id with a slash in it makes another path
+# With a slash in it an id makes another path; and it may be another replica's, of which only Redis knows.
+BY_ID_ERRORS: Kinds = {*API_ERRORS, errors.NotFound, errors.StoreUnavailable}
 STREAM_ROUTE_ERRORS: Kinds = {*BY_ID_ERRORS, errors.StreamNotFound, errors.InvalidLastEventID}
 STREAM_ROUTE_ERRORS |= {errors.Busy, errors.RateLimited}
 CHAT_ERRORS: Kinds = {*RequestError.__subclasses__(), *UpstreamError.__subclasses__()}
