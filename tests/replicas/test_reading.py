@@ -225,3 +225,90 @@ async def test_nothing_is_left(grok: Upstream, redis: RedisServer) -> None:
         await other.client.get(url)
         await until(other.client, url, 404)
         assert not [key for key in redis.everything() if number_of(url) in key or "left:key" in key]
+
+
+async def test_names_without_redis(grok: Upstream) -> None:
+    """While Redis is away a chat's id finds what is here, and what may be elsewhere is unavailable."""
+    gate = Gate()
+    grok.play(stream("a", gate))
+    id = "1f8fad5b-d9cb-469f-a165-70867728950e"
+    message = {"id": "1", "role": "user", "parts": [{"type": "text", "text": "Hi"}]}
+    body = {"id": id, "messages": [message], "trigger": "submit-message", "resumable": True}
+    url = f"/api/chat/{id}/stream"
+    async with RedisServer() as redis, fleet(grok, redis, redis_prefix="names:") as (owner, other):
+        async with owner.client.stream("POST", "/api/chat", json=body) as response:
+            assert response.status_code == 200
+            await gate.reached.wait()
+        [key] = [key for key in redis.everything() if key.startswith("names:name:")]
+        # Where the name leads nowhere, what is here counts.
+        for planted in (("DEL", key), ("SET", key, "A" * 22), ("SET", key, "*")):
+            redis.do(*planted)
+            async with follow(owner, url) as live:
+                assert live.response.status_code == 200
+            assert (await other.client.get(url)).status_code == 204
+        assert (await other.client.delete(f"/api/chat/{id}")).status_code == 204
+        redis.pause()
+        try:
+            await becomes(owner, "/readyz", "unavailable")
+            await becomes(other, "/readyz", "unavailable")
+            async with follow(owner, url) as live:
+                gate.open()
+                assert (await live.rest())[-1].data == DONE
+            assert (await other.client.get(url)).status_code == 503
+        finally:
+            redis.go_on()
+
+
+async def test_stopped_by_name(grok: Upstream, replicas: list[Local]) -> None:
+    """A chat is stopped by its id on any replica."""
+    grok.play(stream("a", HANG))
+    id = "2f8fad5b-d9cb-469f-a165-70867728950e"
+    message = {"id": "1", "role": "user", "parts": [{"type": "text", "text": "Hi"}]}
+    body = {"id": id, "messages": [message], "trigger": "submit-message", "resumable": True}
+    async with replicas[0].client.stream("POST", "/api/chat", json=body) as response:
+        assert response.status_code == 200
+        assert (await replicas[1].client.post(f"/api/chat/{id.upper()}/stop")).status_code == 204
+        await grok.calls[0].hung_up(within=2)
+
+
+async def test_little_memory(grok: Upstream, redis: RedisServer) -> None:
+    """What the owner drops to make room is dropped in Redis, too; who needs it elsewhere is told."""
+    grok.play(stream(*["x" * 1000] * 50))
+    bounds = {"replay_bytes": 20_000, "replay_total_bytes": 60_000}
+    async with fleet(grok, redis, 2, BRISK, redis_prefix="little:", **bounds) as (owner, other):
+        urls = []
+        for _ in range(6):
+            urls.append(await start(owner))
+            await owner.client.get(urls[-1])
+        async with asyncio.timeout(10):
+            while sum(":events" in key for key in redis.everything() if key.startswith("little:")) > 3:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert (await other.client.get(urls[0])).status_code == 404
+        [lost] = standard((await other.client.get(urls[-1])).content)
+        assert code(lost) == "replay_lost"
+        last = standard(
+            (await other.client.get(urls[-1], headers={"Last-Event-ID": f"{number_of(urls[-1])}-45"})).content
+        )
+        assert [event.data for event in last] == [*["x" * 1000] * 5, DONE]
+
+
+async def test_asleep_owner_with_a_reader(grok: Upstream, redis: RedisServer) -> None:
+    """An owner that others have declared dead goes on for the reader that it has, and for nobody else."""
+    gate = Gate()
+    grok.play(stream("a", gate, "b"))
+    async with fleet(grok, redis, redis_prefix="asleep:") as (owner, other):
+        url = await start(owner)
+        id = number_of(url)
+        async with follow(owner, url) as here:
+            assert (await here.event()).data == "a"
+            async with follow(other, url) as there:
+                await there.event()
+                entry = b"\x95\x02\x91\xc4\x0edata: nothing\n\xa6failed\xb0upstream_cut_off\xc3"
+                redis.do("XADD", f"asleep:{{{id}}}:events", "1-0", "f", entry)
+                redis.do("HSET", f"asleep:{{{id}}}:meta", "state", "ended")
+                gate.open()
+                assert [event.data for event in await here.rest()] == ["b", DONE]
+                await there.rest()
+        texts = {(await service.client.get(url)).text for service in (owner, other)}
+        assert len(texts) == 1
+        assert "data: nothing" in texts.pop()

@@ -138,6 +138,12 @@ def test_defaults() -> None:
         ("REPLAY_TTL", "1", 1.0),
         ("REPLAY_BYTES", "1", 1),
         ("REPLAY_TOTAL_BYTES", "1", 1),
+        ("REDIS_URL", "redis://localhost", "redis://localhost"),
+        ("REDIS_URL", "redis://user:p%40ss@redis.example:6380/3", "redis://user:p%40ss@redis.example:6380/3"),
+        ("REDIS_URL", "rediss://:secret@[::1]:6379/0", "rediss://:secret@[::1]:6379/0"),
+        ("REDIS_URL", "unix:///run/redis.sock?db=2", "unix:///run/redis.sock?db=2"),
+        ("REDIS_PREFIX", "a-team:chat.1:", "a-team:chat.1:"),
+        ("LIMITS_WITHOUT_REDIS", "Open", "open"),
         ("TRY_PAGE", "False", False),
         ("TRY_PAGE", "1", True),
     ],
@@ -187,6 +193,8 @@ HOSTS = "expected host names without port, such as chat.example.com or .example.
 RATE = "expected a number per second, minute, hour or day, such as 20/minute"
 ADDRESS = "expected an http or https address such as https://api.x.ai/v1"
 ADDRESSES = "expected IP addresses or networks such as 10.0.0.0/8, separated by commas, or *"
+REDIS = "expected an address such as redis://:password@redis.example:6379/0, rediss://… for TLS, or unix:///path"
+REDIS_OPTIONS = "expected no options in the address, other than ssl_ca_certs with rediss and db with unix"
 TOKENS = "expected tokens of 16 or more letters, digits and ._~+/- separated by commas"
 
 
@@ -277,6 +285,22 @@ TOKENS = "expected tokens of 16 or more letters, digits and ._~+/- separated by 
         ("ACCESS_TOKENS", "canary", TOKENS),
         ("ACCESS_TOKENS", ",", TOKENS),
         ("ACCESS_TOKENS", "0123456789abcdef,canary", TOKENS),
+        ("REDIS_URL", "canary", REDIS),
+        ("REDIS_URL", "http://canary:6379", REDIS),
+        ("REDIS_URL", "redis://:canary@host:99999", REDIS),
+        ("REDIS_URL", "redis://:canary@host:0", REDIS),
+        ("REDIS_URL", "redis://:canary@", REDIS),
+        ("REDIS_URL", "redis://:canary@host/name", REDIS),
+        ("REDIS_URL", "redis://:can ary@host", REDIS),
+        ("REDIS_URL", "unix://canary", REDIS),
+        ("REDIS_URL", "redis://:canary@host?socket_timeout=9", REDIS_OPTIONS),
+        ("REDIS_URL", "rediss://:canary@host?ssl_cert_reqs=none", REDIS_OPTIONS),
+        ("REDIS_URL", "redis://host?ssl_ca_certs=/canary", REDIS_OPTIONS),
+        ("REDIS_URL", "rediss://host?ssl_ca_certs=/canary", "expected a readable file of certificates in PEM format"),
+        ("REDIS_URL_FILE", "/canary", "cannot be read (FileNotFoundError)"),
+        ("REDIS_URL_FILE", "/dev/null", REDIS),
+        ("REDIS_PREFIX", "a*", "expected 1 to 64 letters, digits and ._:- such as chatproxy:, not 'a*'"),
+        ("LIMITS_WITHOUT_REDIS", "maybe", "expected closed or open, not 'maybe'"),
         ("GROK_MODEL", "\udcff", "expected text in UTF-8, not '\\udcff'"),
         ("SYSTEM_PROMPT", "canary \udcff", "expected text in UTF-8"),
     ],
@@ -318,6 +342,19 @@ def test_names_of_the_key(tmp_path: Path) -> None:
         with pytest.raises(Invalid) as problems:
             load({name: named[name], "GROK_API_KEY": "other"})
         assert str(problems.value) == f"GROK_API_KEY and {name}: expected one key, but they differ"
+
+
+def test_file_of_the_redis_url(tmp_path: Path) -> None:
+    """The address of Redis, which may hold a password, may come from a file; two that differ are refused."""
+    file = tmp_path / "url"
+    file.write_text("redis://:secret@redis.example\n")
+    settings = load({"REDIS_URL_FILE": str(file)})
+    assert settings.redis_url == "redis://:secret@redis.example"
+    assert "secret" not in repr(settings)
+    assert load({"REDIS_URL_FILE": str(file), "REDIS_URL": "redis://:secret@redis.example"}) == settings
+    with pytest.raises(Invalid) as problems:
+        load({"REDIS_URL_FILE": str(file), "REDIS_URL": "redis://:other@redis.example"})
+    assert str(problems.value) == "REDIS_URL and REDIS_URL_FILE: expected one address, but they differ"
 
 
 def test_files_of_the_key(tmp_path: Path) -> None:

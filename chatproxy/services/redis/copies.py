@@ -17,7 +17,7 @@ from chatproxy.config import Settings
 from chatproxy.errors import ReplayLost, StoreUnavailable, StreamNotFound, UpstreamCutOff
 from chatproxy.events import Failed
 from chatproxy.services.redis.commands import PIPELINE_TIMEOUT, Command, Commands, Reply
-from chatproxy.services.redis.entries import Entry, encode
+from chatproxy.services.redis.entries import Entry, decode_entry, encode
 from chatproxy.services.redis.mirrors import Mirrors
 from chatproxy.services.redis.scripts import WRITE, Keys
 from chatproxy.services.resumable import ResumableStream
@@ -237,7 +237,8 @@ class RedisStore:
                 continue
             number = int(reply[0][0].partition(b"-")[2]) if reply else 0
             if reply and reply[0][0] == b"1-0":
-                if not copy.last:
+                end = decode_entry(reply[0][1][1])
+                if not copy.last or end is None or end.by_proxy:
                     self._disown(id)
                 else:
                     copy.state = "ended"
