@@ -140,10 +140,11 @@ class StreamSummary:
     __slots__ = (
         "characters",
         "code",
+        "counts",
         "deltas",
         "end",
-        "finished",
         "first_token_ms",
+        "model",
         "on_end",
         "request_id",
         "started_at",
@@ -157,7 +158,8 @@ class StreamSummary:
         self.deltas = 0  # of text
         self.characters = 0  # of text and reasoning: what was paid, where Grok does not say
         self.tool_calls: dict[str, int] = {}
-        self.finished = Finished()
+        self.model: str | None = None
+        self.counts = Usage()
         self.end: Literal["done", "failed", "left"] | None = None
         self.code: str | None = None
         self.on_end: list[Callable[[StreamSummary], None]] = []
@@ -172,11 +174,11 @@ class StreamSummary:
 
     def fields(self) -> dict[str, object]:
         """The fields of the log line."""
-        counts = self.finished.counts
+        counts = self.counts
         return {
             "end": self.end,
             "code": self.code,
-            "model": self.finished.model,
+            "model": self.model,
             "first_token_ms": self.first_token_ms,
             "deltas": self.deltas,
             "prompt_tokens": counts.prompt_tokens,

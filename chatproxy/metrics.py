@@ -82,7 +82,7 @@ class Metrics:
         self.deltas.inc(summary.deltas)
         if summary.first_token_ms is not None:
             self.time_to_first_token.observe(summary.first_token_ms / 1000)
-        counts = summary.finished.counts
+        counts = summary.counts
         for kind, tokens in (
             ("prompt", counts.prompt_tokens),
             ("completion", counts.completion_tokens),

@@ -150,7 +150,7 @@ async def _resumable(
         return JSONResponse(Created(stream.id, url), 201, {**headers, "Location": url})
     return EventSourceResponse(
         streams.follow(stream, caller),
-        stream.reader_format,
+        stream.reader_format(),
         state["settings"],
         state["metrics"],
         headers={**headers, **stream_headers(request, stream)},

@@ -30,7 +30,8 @@ async def stream(request: Request[AppState]) -> Response:
     if not more:
         return Response(status_code=204)
     if request.method == "HEAD":
-        return Response(headers={"Content-Type": found.format.content_type.decode(), **found.format.headers})
+        format = found.reader_format()
+        return Response(headers={"Content-Type": format.content_type.decode(), **format.headers})
     return _replay(request, found, after)
 
 
@@ -72,7 +73,7 @@ def _replay(request: Request[AppState], stream: ResumableStream, after: int) -> 
     caller = anonymous(request.client.host if request.client else None)
     return EventSourceResponse(
         state["streams"].replay(stream, after, caller),
-        stream.reader_format,
+        stream.reader_format(),
         state["settings"],
         state["metrics"],
         headers=stream_headers(request, stream),

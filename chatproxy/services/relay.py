@@ -64,7 +64,8 @@ async def relay(
                 if not source.complete:  # what a Grok that has finished does afterwards changes nothing
                     error = failure
             finally:
-                finished = summary.finished = source.finished
+                finished = source.finished
+                summary.model, summary.counts = finished.model, finished.counts
             if error is None and not summary.deltas:
                 error = EmptyAnswer()
             if error is None or finished.reason or finished.usage:

@@ -11,7 +11,7 @@ from typing import Protocol
 from chatproxy import sse
 from chatproxy.errors import ChatError, InvalidRequest, StreamNotFound
 from chatproxy.events import StreamSummary
-from chatproxy.formats import MakeFormat
+from chatproxy.formats import MakeFormat, StreamFormat
 
 STREAM_ID = r"[A-Za-z0-9_-]{22}"  # the form of their ids
 
@@ -39,10 +39,10 @@ class ResumableStream:
         id: str | None = None,
     ) -> None:
         # 128 bits: it is the ticket of whoever reads the answer.
-        id = self.id = id or secrets.token_urlsafe(16)
+        self.id = id or secrets.token_urlsafe(16)
         self.name = name  # another one, chosen by the client
         self.upstream = upstream  # until it has ended; of another replica's answer there is none
-        self.claimed = asyncio.Event()  # it is known whether its key is its own
+        self.claiming: asyncio.Event | None = asyncio.Event()  # until it is known whether its key is its own
         self.taken_by: ResumableStream | None = None  # which had the key before
         self.disowned = False  # other replicas have told an end of it
         self.over = False  # another replica's: it has ended
@@ -56,10 +56,23 @@ class ResumableStream:
         self.written = 0  # frames
         self.read, self.read_to_end = 0, False  # the highest number given to any reader; whether one has taken all
         self.abandon_timer: asyncio.TimerHandle | asyncio.Task[None] | None = None
+        self._make_format = make_format
+
+    def end_claim(self) -> None:
+        """It is known whether the key is its own: whoever waits to know goes on."""
+        if self.claiming is not None:
+            self.claiming.set()
+            self.claiming = None
+
+    def numbered_format(self) -> StreamFormat:
+        """For the answer: each event has an id, numbered from 1."""
         numbers = count(1)
-        self.format = make_format(id, lambda data, type: sse.encode(data, type, f"{id}-{next(numbers)}"))
-        # A failure of one reader's own has an id, too, so that it does not come back.
-        self.reader_format = make_format(id, lambda data, type: sse.encode(data, type, f"{id}-{FINAL_EVENT_NUMBER}"))
+        return self._make_format(self.id, lambda data, type: sse.encode(data, type, f"{self.id}-{next(numbers)}"))
+
+    def reader_format(self) -> StreamFormat:
+        """For one reader: a failure of its own has an id, too, so that the reader does not come back."""
+        id = f"{self.id}-{FINAL_EVENT_NUMBER}"
+        return self._make_format(self.id, lambda data, type: sse.encode(data, type, id))
 
 
 def other_body() -> InvalidRequest:

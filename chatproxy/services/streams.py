@@ -26,6 +26,7 @@ from chatproxy.errors import (
     UpstreamCutOff,
 )
 from chatproxy.events import Failed
+from chatproxy.formats import StreamFormat
 from chatproxy.metrics import Metrics
 from chatproxy.services.access import Caller
 from chatproxy.services.limits import ReaderLimit
@@ -84,7 +85,8 @@ class StreamRegistry:
         if first.body_digest != stream.body_digest:
             raise other_body()
         if first is not stream:
-            await first.claimed.wait()  # whoever was first may be asking the other replicas
+            if first.claiming is not None:  # whoever was first is asking the other replicas
+                await first.claiming.wait()
             return first.taken_by or first
         self._streams[stream.id] = stream
         try:
@@ -96,7 +98,7 @@ class StreamRegistry:
             stream.taken_by = first
             del self._streams[stream.id]
             self._release_names(stream)
-        stream.claimed.set()
+        stream.end_claim()
         return first
 
     def discard(self, stream: ResumableStream, error: BaseException) -> None:
@@ -105,7 +107,7 @@ class StreamRegistry:
         stream.upstream = None
         self._refuse(stream, error.copy() if isinstance(error, ChatError) else StoreUnavailable())
         stream.first_chunk_or_error.set()
-        stream.claimed.set()
+        stream.end_claim()
 
     def start(self, stream: ResumableStream, batches: AsyncGenerator[Batch, None]) -> None:
         """Begin to read the answer, whoever listens. It takes the place of an older one with the same name."""
@@ -212,13 +214,13 @@ class StreamRegistry:
         except ChatError as failure:
             error = failure
         if error is not None:
-            last = stream.reader_format.encode([Failed(error)])
+            last = stream.reader_format().encode([Failed(error)])
             error = None  # its traceback holds this frame
             yield last, True
 
     async def _run(self, stream: ResumableStream, batches: AsyncGenerator[Batch, None]) -> None:
         """Read an answer to its end, keep its frames, and forget it in the end."""
-        store, summary = self._store, stream.summary
+        store, summary, format = self._store, stream.summary, stream.numbered_format()
         created = False
         try:
             async with aclosing(batches):  # after the end is told: Grok may take its time to close
@@ -226,17 +228,17 @@ class StreamRegistry:
                     await store.create(stream.id)
                     created = True
                     async for events, last in batches:  # pragma: no branch -- one is the last
-                        frames = stream.format.encode(events)
+                        frames = format.encode(events)
                         await store.append(stream.id, frames, last=last)
                         stream.written += len(frames)
                         stream.first_chunk_or_error.set()
                         if last:
                             break
                 except ChatError as error:  # before Grok's first chunk, or the store's
-                    await self._end_with_error(stream, error, created)
+                    await self._end_with_error(stream, error, format if created else None)
                 except Exception:
                     log.exception("a resumable stream ended by a mistake of ours")
-                    await self._end_with_error(stream, InternalError(), created)
+                    await self._end_with_error(stream, InternalError(), format if created else None)
                 finally:
                     await self._close(stream, created)
         finally:
@@ -259,11 +261,12 @@ class StreamRegistry:
             except Exception:
                 log.exception("the end of a stream could not be kept")
 
-    async def _end_with_error(self, stream: ResumableStream, error: ChatError, created: bool) -> None:
+    async def _end_with_error(self, stream: ResumableStream, error: ChatError, format: StreamFormat | None) -> None:
+        """Tell it in the stream (in this format, if anything of the stream is kept), or to who waits for its status."""
         stream.summary.close("failed", error.code)
-        if stream.status_sent and created:
+        if stream.status_sent and format is not None:
             try:
-                await self._store.append(stream.id, stream.format.encode([Failed(error)]), last=True)
+                await self._store.append(stream.id, format.encode([Failed(error)]), last=True)
                 stream.written += 1
                 return
             except ChatError as failure:

@@ -57,7 +57,7 @@ async def test_from_every_position(grok: Upstream, replicas: list[Local]) -> Non
         assert (await service.client.get(url, headers={"Last-Event-ID": events[-1].id})).status_code == 204
 
 
-async def test_many_at_once(grok: Upstream, redis: RedisServer) -> None:
+async def test_many_at_once_over_replicas(grok: Upstream, redis: RedisServer) -> None:
     """Sixty answers, each read on all replicas at the same time, by readers that come at any time, are exact."""
     chance = random.Random(1)  # noqa: S311 -- the same each time
     grok.play(stream(*[step for token in TOKENS[:60] for step in (token, 0.001)]))
@@ -187,7 +187,7 @@ async def test_drained_owner(grok: Upstream, redis: RedisServer) -> None:
         assert standard((await other.client.get(url)).content) == events
 
 
-async def test_chat_ids(grok: Upstream, replicas: list[Local]) -> None:
+async def test_chat_ids_over_replicas(grok: Upstream, replicas: list[Local]) -> None:
     """What `useChat` asks for by its chat's id is found on any replica, until somebody has read it to its end."""
     gate = Gate()
     grok.play(stream("a", gate, "b"))
@@ -209,7 +209,7 @@ async def test_chat_ids(grok: Upstream, replicas: list[Local]) -> None:
         await until(service.client, url, 204)
 
 
-async def test_nothing_is_left(grok: Upstream, redis: RedisServer) -> None:
+async def test_nothing_is_left_over_replicas(grok: Upstream, redis: RedisServer) -> None:
     """Every key has the prefix and a time to live from the start; none tells what anybody said; none is left."""
     gate = Gate()
     grok.play(stream("a", gate))

@@ -195,7 +195,7 @@ async def test_leaving_of_the_relay() -> None:
             await anext(batches)
         assert grok.open == 1
         await batches.aclose()
-        assert (grok.open, summary.end, summary.finished.model) == (0, "left", "grok-4.3")
+        assert (grok.open, summary.end, summary.model) == (0, "left", "grok-4.3")
 
 
 async def test_own_framing() -> None:
@@ -242,4 +242,4 @@ async def test_odd_usage(usage: object) -> None:
     [*_, [finish, end]] = await steps(Grok([text("a"), [chunk(None, usage=usage)]]), "finish", summary=summary)
     assert end == END
     assert json.loads(finish.data)["usage"] == usage
-    assert summary.finished.counts == Usage()
+    assert summary.counts == Usage()

@@ -307,7 +307,7 @@ async def test_gone_while_read(grok: Upstream, redis: RedisServer) -> None:
         assert (await other.client.get(url)).status_code == 404
 
 
-async def test_tls(grok: Upstream, tmp_path: Path) -> None:
+async def test_redis_over_tls(grok: Upstream, tmp_path: Path) -> None:
     """`rediss://` verifies the server's certificate and name."""
     authority, stranger = trustme.CA(), trustme.CA()
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")

@@ -118,7 +118,6 @@ def resident(service: Spawned) -> int:
     return int(found[1]) * 1024
 
 
-@pytest.mark.own_transport  # the connections of two hundred running answers count, and httpx's are larger
 @pytest.mark.skipif(sys.platform != "linux", reason="what another process has used is read as Linux has it")
 async def test_many() -> None:
     """1,000 finished and 200 running answers take no more memory than configured, and are forgotten in time."""

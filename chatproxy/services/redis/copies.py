@@ -178,7 +178,7 @@ class RedisStore:
         entry.end, entry.code = summary.end or "left", summary.code
         if not copy.last or id not in self._memory:
             error = copy.stream.error or (UpstreamCutOff() if id in self._memory else ReplayLost())
-            entry.frames += copy.stream.reader_format.encode([Failed(error)])
+            entry.frames += copy.stream.reader_format().encode([Failed(error)])
             entry.end, entry.code, entry.by_proxy = "failed", error.code, True
         return self._write(copy, entry, "ended", dropped)
 

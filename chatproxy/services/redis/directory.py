@@ -60,7 +60,8 @@ class RedisDirectory:
         """Make it known to all, or give the one that its idempotency key has started elsewhere."""
         keys = self._keys
         digest = keys.digest(stream.body_digest)
-        kind = next(name for name, kind in _FORMATS.items() if isinstance(stream.format, kind))
+        format = stream.reader_format()
+        kind = next(name for name, kind in _FORMATS.items() if isinstance(format, kind))
         values = (FORMAT, keys.owner, "asking", digest, stream.summary.request_id, kind, int(bool(stream.name)))
         fields = [part for pair in zip(_FIELDS, values, strict=True) for part in pair]
         names = [

@@ -203,7 +203,7 @@ class Mirror:
     async def _end_for(self, owner: bytes) -> None:
         assert self.have is not None
         error = UpstreamCutOff()
-        frames = self._stream.reader_format.encode([Failed(error)])
+        frames = self._stream.reader_format().encode([Failed(error)])
         entry = Entry(self.have + 1, frames, "failed", error.code, by_proxy=True)
         keys = self._all.keys
         names = [keys.meta(self.id), keys.events(self.id), keys.channel(self.id)]
