@@ -21,8 +21,8 @@
   and memory: also `.pid`, `.process`, `.stderr` (so far), `await .exit_code(within)`. Killed at the end if need be.
 * `environment(upstream_url, **changes)`: the variables that both are given.
 * `grok` and `service`: fixtures, one of each for a whole test module, with nothing changed. Starting and stopping a
-  service takes 0.2 s, so prefer them where the settings allow: `grok.play(stream("a"))`, then `service.ask()`. A module
-  may define its own `service` with other settings.
+  service takes 0.2 s, so prefer them where the settings allow: `grok.set_scripts(stream("a"))`, then `service.ask()`.
+  A module may define its own `service` with other settings.
 * `from_recordings(parameters)`: test parameters made from the directory of recorded answers, or one that is skipped.
 * `refusal(response)`, `failure(event, response)`: the error of an answer, of an `event: error`; checked to be whole.
 
@@ -60,7 +60,7 @@ from tests.upstream import RESET_ON_CLOSE, Upstream
 ROOT = Path(__file__).parent.parent
 KEY = "xai-test-0123456789abcdef"
 HI = [{"role": "user", "content": "Hi"}]
-PATIENCE = 10.0
+TIMEOUT = 10.0
 """Seconds that a test waits for something that comes at once when all is well."""
 MEASURED = {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")}
 """The variables of a process that is to be measured as this one is, if it is."""
@@ -118,7 +118,7 @@ def _problem(data: str | bytes, response: httpx.Response) -> dict[str, Any]:
     return problem
 
 
-class Live:
+class LiveStream:
     """An event stream that is still being read."""
 
     def __init__(self, response: httpx.Response) -> None:
@@ -135,7 +135,7 @@ class Live:
         return self._parser.comments
 
     async def _more(self) -> bool:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             piece = await anext(self._pieces, b"")
         self.raw += piece
         self._events += self._parser.feed(piece)
@@ -189,20 +189,20 @@ class Caller:
         }
 
     async def until(self, end: bytes) -> bytes:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             return await self._reader.readuntil(end)
 
     async def exactly(self, size: int) -> bytes:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             return await self._reader.readexactly(size)
 
     async def some(self, limit: int = 65536) -> bytes:
         """What has come, at least one byte, b"" at the end."""
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             return await self._reader.read(limit)
 
     async def rest(self) -> bytes:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             return await self._reader.read()
 
     def at_eof(self) -> bool:
@@ -212,7 +212,7 @@ class Caller:
     async def piece(self) -> bytes:
         """One transfer chunk of the answer's body; b"" is its tidy end."""
         size = int(await self.until(b"\r\n"), 16)
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             return (await self._reader.readexactly(size + 2))[:-2]
 
     def half_close(self) -> None:
@@ -247,11 +247,11 @@ class Service:
     @asynccontextmanager
     async def asking(
         self, content: str = "Hi", *, headers: Mapping[str, str] | None = None, **fields: object
-    ) -> AsyncIterator[Live]:
+    ) -> AsyncIterator[LiveStream]:
         """The same, open while the context is; leaving it hangs up. Inside, the status line and headers are there."""
         body = {"messages": [{"role": "user", "content": content}], **fields}
         async with self.client.stream("POST", "/api/chat", json=body, headers=headers) as response:
-            yield Live(response)
+            yield LiveStream(response)
 
     @asynccontextmanager
     async def caller(self, *, receive_buffer: int | None = None) -> AsyncIterator[Caller]:
@@ -270,7 +270,7 @@ class Service:
                 await writer.wait_closed()
 
 
-class Local(Service):
+class InProcessService(Service):
     """A service in this loop."""
 
     def __init__(self, port: int, client: httpx.AsyncClient, settings: config.Settings) -> None:
@@ -278,7 +278,7 @@ class Local(Service):
         self.settings = settings
 
 
-class Spawned(Service):
+class SubprocessService(Service):
     """A service in a process of its own."""
 
     def __init__(self, port: int, client: httpx.AsyncClient, process: asyncio.subprocess.Process) -> None:
@@ -293,7 +293,7 @@ class Spawned(Service):
         while piece := await self.process.stderr.read(65536):
             self.stderr += piece.decode(errors="replace")
 
-    async def exit_code(self, within: float = PATIENCE) -> int:
+    async def exit_code(self, within: float = TIMEOUT) -> int:
         """Wait for its end."""
         async with asyncio.timeout(within):
             code = await self.process.wait()
@@ -317,14 +317,16 @@ def _client(port: int, *, keep: bool = True) -> httpx.AsyncClient:
     # No limit of connections, no environment, and keep-alives that cannot outlive the server.
     return httpx.AsyncClient(
         base_url=f"http://127.0.0.1:{port}",
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
         trust_env=False,
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=100 if keep else 0),
     )
 
 
 @asynccontextmanager
-async def serving(upstream_url: str, timing: Timing = DEFAULT_TIMING, /, **changes: object) -> AsyncIterator[Local]:
+async def serving(
+    upstream_url: str, timing: Timing = DEFAULT_TIMING, /, **changes: object
+) -> AsyncIterator[InProcessService]:
     """The service in this loop, on a free port, stopped at the end. `timing`: what no setting changes."""
     settings = config.load(environment(upstream_url, **changes))
     async with AsyncExitStack() as stack:
@@ -336,13 +338,13 @@ async def serving(upstream_url: str, timing: Timing = DEFAULT_TIMING, /, **chang
         client = await stack.enter_async_context(_client(port, keep=len(ports) == 1))
         if settings.redis_url and "redis_url" not in changes:
             await seen(ports)
-        yield Local(port, client, settings)
+        yield InProcessService(port, client, settings)
 
 
 async def seen(ports: Sequence[int]) -> None:
     """Wait until these services have seen their Redis."""
     for port in ports:
-        async with _client(port) as client, asyncio.timeout(PATIENCE):
+        async with _client(port) as client, asyncio.timeout(TIMEOUT):
             while "store_unavailable" in (await client.get("/readyz")).text:  # noqa: ASYNC110 -- nobody tells when
                 await asyncio.sleep(0.01)
 
@@ -391,7 +393,7 @@ async def round_robin(ports: Sequence[int]) -> AsyncIterator[int]:
 @asynccontextmanager
 async def spawned(
     upstream_url: str, *arguments: str, python: tuple[str, ...] = (), cwd: Path | None = None, **changes: object
-) -> AsyncIterator[Spawned]:
+) -> AsyncIterator[SubprocessService]:
     """`python -m chatproxy` with a clean environment, once it answers; killed at the end if it still runs.
 
     It leads a process group of its own, as in a terminal; all of it is killed. `python` are options of the interpreter.
@@ -412,7 +414,7 @@ async def spawned(
         start_new_session=True,
     )
     async with _client(port) as client:
-        service = Spawned(port, client, process)
+        service = SubprocessService(port, client, process)
         service.reading = asyncio.create_task(service.read_stderr())
         try:
             await service.ready()
@@ -452,7 +454,7 @@ async def grok() -> AsyncIterator[Upstream]:
 
 
 @pytest.fixture(scope="module")
-async def service(grok: Upstream) -> AsyncIterator[Local]:
+async def service(grok: Upstream) -> AsyncIterator[InProcessService]:
     """One service for all tests of a module, with nothing changed."""
     async with serving(grok.url) as service:
         yield service

@@ -19,7 +19,7 @@ from typing import Any, Self
 import pytest
 import redis
 
-from tests.conftest import PATIENCE, free_port
+from tests.conftest import TIMEOUT, free_port
 
 ENGINES = ("redis-server", "valkey-server")
 
@@ -69,7 +69,7 @@ class RedisServer:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
         )
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             while True:
                 with contextlib.suppress(redis.ConnectionError):
                     self.do("PING")
@@ -102,7 +102,7 @@ class RedisServer:
     def do(self, *command: Any) -> Any:
         """The reply to one command, over a connection of its own."""
         with redis.Redis(
-            port=self.port, protocol=2, password=self._options.get("requirepass"), socket_timeout=PATIENCE
+            port=self.port, protocol=2, password=self._options.get("requirepass"), socket_timeout=TIMEOUT
         ) as client:
             return client.execute_command(*command)
 

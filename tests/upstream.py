@@ -28,7 +28,7 @@ That is Chat Completions; the same for the Responses API is in `tests.responses`
 
 What was seen: `upstream.calls` (chat calls only), `upstream.probes` (GET /v1/api-key, answered by `key`),
 `upstream.strays` (anything else, answered 404), `upstream.connections`, `upstream.open`, `upstream.playing`;
-`upstream.play(*scripts)` forgets the calls and plays others from then on.
+`upstream.set_scripts(*scripts)` forgets the calls and plays others from then on.
 To wait: `await upstream.call(n)`, `await upstream.until(lambda: upstream.playing == 0)`,
 `await call.hung_up(within=1)`. All waits fail after a time; an error in a script is raised when the context closes.
 
@@ -366,7 +366,7 @@ class Upstream:
     """A scripted Grok on a free port of 127.0.0.1, for as long as its context is open."""
 
     def __init__(self, *scripts: Script, key: Script | None = None, tls: ssl.SSLContext | None = None) -> None:
-        self.play(*scripts)
+        self.set_scripts(*scripts)
         self._tls = tls
         self.key: Script = error(200, GOOD_KEY) if key is None else key
         """What GET /v1/api-key gets."""
@@ -392,7 +392,7 @@ class Upstream:
         if self._failures:
             raise BaseExceptionGroup("a script failed", self._failures)
 
-    def play(self, *scripts: Script) -> None:
+    def set_scripts(self, *scripts: Script) -> None:
         """Forget the calls so far, and play these from now on: one service may serve many tests."""
         self.scripts = list(scripts) or [stream("Hello", ", ", "world")]
         self.calls: list[Call] = []

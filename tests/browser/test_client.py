@@ -10,7 +10,7 @@ from playwright.async_api import Page
 
 from tests.browser.test_readers import TEXT, TOKENS
 from tests.browser.wires import Relay, Site
-from tests.conftest import HI, ROOT, Local, serving
+from tests.conftest import HI, ROOT, InProcessService, serving
 from tests.upstream import CLOSE, HANG, Gate, Script, Upstream, stream
 
 pytestmark = pytest.mark.anyio
@@ -56,7 +56,7 @@ async def shown(page: Page, text: str) -> None:
 @asynccontextmanager
 async def loaded(
     page: Page, site: Site, *scripts: Script, origin: str = "other origin", **changes: object
-) -> AsyncIterator[tuple[Upstream, Local, Relay]]:
+) -> AsyncIterator[tuple[Upstream, InProcessService, Relay]]:
     """A Grok, a service and a wire to it, with the module loaded through that wire."""
     async with (
         Upstream(*scripts) as upstream,

@@ -14,7 +14,7 @@ from playwright.async_api import Page
 
 from tests.browser.test_client import load
 from tests.browser.wires import MODULES, Relay, Site
-from tests.conftest import ROOT, Local, serving
+from tests.conftest import ROOT, InProcessService, serving
 from tests.upstream import Upstream, stream
 
 pytestmark = pytest.mark.anyio
@@ -68,7 +68,7 @@ async def cut_everywhere(relay: Relay, ask: Ask, positions: range, at_once: int)
     return len(positions)
 
 
-async def lengths(service: Local) -> tuple[int, int]:
+async def lengths(service: InProcessService) -> tuple[int, int]:
     """About how many bytes the head and the body of such an answer have."""
     async with service.asking(resumable=True) as live:
         await live.rest()

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests import responses
-from tests.conftest import Local, refusal, serving
+from tests.conftest import InProcessService, refusal, serving
 from tests.readers import DONE as DONE_DATA
 from tests.readers import READERS, Event, joined
 from tests.upstream import CLOSE, DONE, HANG, RESET, USAGE, Signal, Upstream, chunk, frame, sse
@@ -137,8 +137,8 @@ def truth(answer: Answer) -> tuple[int, str, str]:
 
 
 class Services(NamedTuple):
-    usual: Local
-    impatient: Local
+    usual: InProcessService
+    impatient: InProcessService
     """For a Grok that hangs."""
 
 
@@ -172,7 +172,7 @@ async def services(grok: Upstream) -> AsyncIterator[dict[str, Services]]:
 async def test_one_true_ending(grok: Upstream, services: dict[str, Services], answer: Answer) -> None:
     """A status that says what went wrong, or a 200 with all the text and then one end marker or one error event."""
     steps = [*answer.frames, answer.cut]
-    grok.play(sse(*([b"".join(steps)] if answer.at_once else steps), answer.end))
+    grok.set_scripts(sse(*([b"".join(steps)] if answer.at_once else steps), answer.end))
     usual, impatient = services[answer.api]
     response = await (impatient if answer.end is HANG else usual).ask()
     status, code, text = truth(answer)

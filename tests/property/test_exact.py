@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from chatproxy import sse
 from tests import readers, upstream
-from tests.conftest import Local
+from tests.conftest import InProcessService
 from tests.readers import READERS, Event, joined
 from tests.upstream import Upstream
 
@@ -146,11 +146,11 @@ FORMATS: list[tuple[str, dict[str, Any], Callable[[bytes], tuple[str, str]]]] = 
 @given(stream=streams())
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_other_formats_are_exact(
-    grok: Upstream, service: Local, stream: tuple[list[str], list[str], list[bytes]]
+    grok: Upstream, service: InProcessService, stream: tuple[list[str], list[str], list[bytes]]
 ) -> None:
     """In JSON not even the line breaks are folded: text and reasoning are what Grok has sent, in each format."""
     reasoning, answer, pieces = stream
-    grok.play(upstream.sse(*pieces))
+    grok.set_scripts(upstream.sse(*pieces))
     for path, body, texts in FORMATS:
         response = await service.client.post(path, json=body)
         assert response.status_code == 200
@@ -161,11 +161,11 @@ async def test_other_formats_are_exact(
 @given(stream=streams())
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_answers_are_exact(
-    grok: Upstream, service: Local, stream: tuple[list[str], list[str], list[bytes]]
+    grok: Upstream, service: InProcessService, stream: tuple[list[str], list[str], list[bytes]]
 ) -> None:
     """Over real sockets, in every reader: the joined events are the answer, the reasoning events the reasoning."""
     reasoning, answer, pieces = stream
-    grok.play(upstream.sse(*pieces))
+    grok.set_scripts(upstream.sse(*pieces))
     response = await service.ask(include=["reasoning"])
     assert response.status_code == 200
     for reader in READERS:

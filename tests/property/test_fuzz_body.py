@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from chatproxy.errors import InvalidJSON, InvalidRequest
 from chatproxy.formats import Asked
 from chatproxy.formats.plain import decode_request
-from tests.conftest import HI, Local, refusal, serving
+from tests.conftest import HI, InProcessService, refusal, serving
 from tests.upstream import Upstream
 
 MAX_BYTES, MAX_MESSAGES = 4_000, 3
@@ -135,7 +135,7 @@ def test_good_chats(chat: list[tuple[str, str]]) -> None:
 
 
 @pytest.fixture(scope="module")
-async def service(grok: Upstream) -> AsyncIterator[Local]:
+async def service(grok: Upstream) -> AsyncIterator[InProcessService]:
     async with serving(grok.url, max_body_bytes=MAX_BYTES, max_messages=MAX_MESSAGES) as service:
         yield service
 
@@ -154,9 +154,9 @@ REFUSALS = {
 @example(b"[" * MAX_BYTES)
 @example(b"[" * (MAX_BYTES + 1))
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-async def test_asking(grok: Upstream, service: Local, body: bytes) -> None:
+async def test_asking(grok: Upstream, service: InProcessService, body: bytes) -> None:
     """The answer is 200 and one call with these very messages, or one of four refusals and none; never a 500."""
-    grok.play()
+    grok.set_scripts()
     response = await service.client.post("/api/chat", content=body, headers={"Content-Type": "application/json"})
     if response.status_code == 200:
         [call] = grok.calls

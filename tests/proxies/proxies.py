@@ -20,7 +20,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.conftest import PATIENCE, ROOT, Service, free_port
+from tests.conftest import ROOT, TIMEOUT, Service, free_port
 
 SBIN = f"{os.defpath}:/usr/local/sbin:/usr/sbin:/sbin"
 NOBODY = 65534
@@ -199,7 +199,7 @@ async def running(proxy: Proxy, site: str, service: int) -> AsyncIterator[Servic
         try:
             await _accepting(port, process, log)
             async with httpx.AsyncClient(
-                base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE, trust_env=False
+                base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT, trust_env=False
             ) as client:
                 yield Service(port, client)
         finally:
@@ -210,7 +210,7 @@ async def running(proxy: Proxy, site: str, service: int) -> AsyncIterator[Servic
 
 
 async def _accepting(port: int, process: asyncio.subprocess.Process, log: Path) -> None:
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while True:
             assert process.returncode is None, log.read_text()
             with suppress(ConnectionError):

@@ -8,7 +8,7 @@ from contextlib import suppress
 import httpx
 import pytest
 
-from tests.conftest import HI, Live, serving
+from tests.conftest import HI, LiveStream, serving
 from tests.proxies.proxies import HAPROXY, PROXIES, Proxy, running
 from tests.readers import DONE, Event, answer, joined
 from tests.upstream import HANG, RESET, Gate, Upstream, stream
@@ -20,7 +20,7 @@ each = pytest.mark.parametrize("proxy", [pytest.param(proxy, id=name) for name, 
 TEXTS = ["Hel", "lo,\n\nw", " \u00f6rl", "d\u2028 ", "\U0001f642", "\n```\n"]
 
 
-class Uncompressed(Live):
+class Uncompressed(LiveStream):
     """A stream that may be compressed."""
 
     def __init__(self, response: httpx.Response) -> None:

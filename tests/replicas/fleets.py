@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import httpx
 
 from chatproxy.config.timing import Timing
-from tests.conftest import PATIENCE, Live, Local, Service, seen, serving
+from tests.conftest import TIMEOUT, InProcessService, LiveStream, Service, seen, serving
 from tests.redis_servers import RedisServer
 from tests.upstream import Upstream
 
@@ -21,7 +21,7 @@ JSON = {"Accept": "application/json"}
 @asynccontextmanager
 async def fleet(
     grok: Upstream, redis: RedisServer, count: int = 2, timing: Timing = BRISK, **changes: object
-) -> AsyncIterator[list[Local]]:
+) -> AsyncIterator[list[InProcessService]]:
     """So many replicas, each of which has seen its Redis."""
     shared = {"redis_url": redis.url, "redis_prefix": f"test:{secrets.token_hex(4)}:", **changes}
     async with AsyncExitStack() as stack:
@@ -44,17 +44,17 @@ def number_of(url: str) -> str:
 
 
 @asynccontextmanager
-async def follow(service: Service, url: str, after: str | None = None) -> AsyncIterator[Live]:
+async def follow(service: Service, url: str, after: str | None = None) -> AsyncIterator[LiveStream]:
     """Read an answer, event by event; leaving it drops the connection."""
     headers: Mapping[str, str] = {} if after is None else {"Last-Event-ID": after}
     async with service.client.stream("GET", url, headers=headers) as response:
         assert response.status_code == 200, await response.aread()
-        yield Live(response)
+        yield LiveStream(response)
 
 
 async def becomes(service: Service, path: str, text: str) -> httpx.Response:
     """Wait until this text is in what a GET gives."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while True:
             response = await service.client.get(path)
             if text in response.text:
@@ -64,6 +64,6 @@ async def becomes(service: Service, path: str, text: str) -> httpx.Response:
 
 async def until(client: httpx.AsyncClient, path: str, status: int) -> None:
     """Wait until a GET gives this status."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while (await client.get(path)).status_code != status:  # noqa: ASYNC110 -- nobody tells when it is so
             await asyncio.sleep(0.02)

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from tests.conftest import Local, Service, refusal
+from tests.conftest import InProcessService, Service, refusal
 from tests.readers import joined, standard
 from tests.redis_servers import RedisServer, engines, needs_redis
 from tests.replicas.fleets import JSON, becomes, fleet, start
@@ -23,7 +23,7 @@ async def redis(request: pytest.FixtureRequest) -> AsyncIterator[RedisServer]:
 
 
 @pytest.fixture(scope="module")
-async def replicas(grok: Upstream, redis: RedisServer) -> AsyncIterator[list[Local]]:
+async def replicas(grok: Upstream, redis: RedisServer) -> AsyncIterator[list[InProcessService]]:
     async with fleet(grok, redis, grok_retries=0) as replicas:
         yield replicas
 
@@ -32,9 +32,9 @@ async def ask(service: Service, key: str, content: str = "Hi") -> httpx.Response
     return await service.ask(content, headers={**JSON, "Idempotency-Key": key})
 
 
-async def test_at_the_same_instant(grok: Upstream, replicas: list[Local]) -> None:
+async def test_at_the_same_instant(grok: Upstream, replicas: list[InProcessService]) -> None:
     """The same key on two replicas at once, a hundred times: Grok is asked a hundred times."""
-    grok.play(stream("a", 0.005, "b"))
+    grok.set_scripts(stream("a", 0.005, "b"))
     for number in range(100):
         first, second = await asyncio.gather(*(ask(service, f"instant {number}") for service in replicas))
         assert (first.status_code, second.status_code) == (201, 201)
@@ -42,10 +42,10 @@ async def test_at_the_same_instant(grok: Upstream, replicas: list[Local]) -> Non
     assert len(grok.calls) == 100
 
 
-async def test_attached_elsewhere(grok: Upstream, replicas: list[Local]) -> None:
+async def test_attached_elsewhere(grok: Upstream, replicas: list[InProcessService]) -> None:
     """The key finds the answer on any replica, while it runs and when it is complete; another body is refused."""
     gate = Gate()
-    grok.play(stream("a", gate, "b"))
+    grok.set_scripts(stream("a", gate, "b"))
     first, second = [await ask(service, "attached") for service in replicas]
     assert first.json() == second.json()
     for service in replicas:
@@ -58,10 +58,10 @@ async def test_attached_elsewhere(grok: Upstream, replicas: list[Local]) -> None
     assert len(grok.calls) == 1
 
 
-async def test_refused_together_elsewhere(grok: Upstream, replicas: list[Local]) -> None:
+async def test_refused_together_elsewhere(grok: Upstream, replicas: list[InProcessService]) -> None:
     """Who waits for the same answer is refused with it, on any replica, and the key is free at once."""
     gate = Gate()
-    grok.play([gate, *error(400, {"error": "exceeds budget"})], stream("a"))
+    grok.set_scripts([gate, *error(400, {"error": "exceeds budget"})], stream("a"))
     async with asyncio.TaskGroup() as tasks:
         asked = [tasks.create_task(ask(service, "refused")) for service in replicas for _ in range(3)]
         await gate.reached.wait()
@@ -73,16 +73,16 @@ async def test_refused_together_elsewhere(grok: Upstream, replicas: list[Local])
     assert (await ask(replicas[1], "refused", "Ho")).status_code == (422 if told[201] else 201)
 
 
-async def test_freed_by_a_refusal_elsewhere(grok: Upstream, replicas: list[Local]) -> None:
+async def test_freed_by_a_refusal_elsewhere(grok: Upstream, replicas: list[InProcessService]) -> None:
     """A first try that failed before its status blocks nobody, even with another body."""
-    grok.play(error(503, {"error": "x"}), stream("a"))
+    grok.set_scripts(error(503, {"error": "x"}), stream("a"))
     assert (await ask(replicas[0], "freed")).status_code == 503
     assert (await ask(replicas[1], "freed", "Ho")).status_code == 201
 
 
 async def test_rate_limit_of_all(grok: Upstream, redis: RedisServer) -> None:
     """However many ask at once on two replicas, exactly as many get in as the limit says."""
-    grok.play(stream("a"))
+    grok.set_scripts(stream("a"))
     async with fleet(grok, redis, rate_limit="20/hour") as replicas:
         responses = await asyncio.gather(*(replicas[number % 2].ask() for number in range(60)))
         assert Counter(response.status_code for response in responses) == {200: 20, 429: 40}
@@ -96,7 +96,7 @@ async def test_rate_limit_of_all(grok: Upstream, redis: RedisServer) -> None:
 
 async def test_repetitions_elsewhere_are_not_counted(grok: Upstream, redis: RedisServer) -> None:
     """A request that is sent again takes nothing of the limit, on whatever replica."""
-    grok.play(stream("a"))
+    grok.set_scripts(stream("a"))
     async with fleet(grok, redis, rate_limit="1/hour") as replicas:
         assert [(await ask(service, "counted once")).status_code for service in (*replicas, *replicas)] == [201] * 4
         refused = await ask(replicas[1], "another")
@@ -107,7 +107,7 @@ async def test_repetitions_elsewhere_are_not_counted(grok: Upstream, redis: Redi
 
 async def test_window_ends(grok: Upstream, redis: RedisServer) -> None:
     """When a window is over, all chats are there again."""
-    grok.play(stream("a"))
+    grok.set_scripts(stream("a"))
     async with fleet(grok, redis, rate_limit="1/second") as replicas:
         assert (await replicas[0].ask()).status_code == 200
         assert (await replicas[1].ask()).status_code == 429
@@ -118,7 +118,7 @@ async def test_window_ends(grok: Upstream, redis: RedisServer) -> None:
 async def test_running_answers_of_all(grok: Upstream, redis: RedisServer) -> None:
     """Running answers count on all replicas, and a place is free as soon as one has ended, wherever it ran."""
     gate = Gate()
-    grok.play(stream("a", gate))
+    grok.set_scripts(stream("a", gate))
     async with fleet(grok, redis, max_streams_per_client=3) as replicas:
         responses = await asyncio.gather(*(replicas[number % 2].ask(headers=JSON) for number in range(12)))
         assert Counter(response.status_code for response in responses) == {201: 3, 429: 9}
@@ -132,7 +132,7 @@ async def test_running_answers_of_all(grok: Upstream, redis: RedisServer) -> Non
 
 async def test_places_of_the_dead(grok: Upstream, redis: RedisServer) -> None:
     """What a replica that died had running is free again when its lease is over, and what ran elsewhere is not."""
-    grok.play(stream("a", HANG))
+    grok.set_scripts(stream("a", HANG))
     async with fleet(grok, redis, 1, redis_prefix="places:", max_streams_per_client=2) as (other,):
         await start(other)
         [key] = [key for key in redis.everything() if key.startswith("places:open:")]
@@ -148,7 +148,7 @@ async def test_places_of_the_dead(grok: Upstream, redis: RedisServer) -> None:
 
 async def test_retry_after_of_all(grok: Upstream, redis: RedisServer) -> None:
     """What Grok has told one replica to wait is kept by all of them, one that starts later, too."""
-    grok.play(error(429, {"error": "x"}, {"Retry-After": "60"}), stream("a"))
+    grok.set_scripts(error(429, {"error": "x"}, {"Retry-After": "60"}), stream("a"))
     async with fleet(grok, redis, redis_prefix="wait:", grok_retries=0) as (first, second):
         assert (await first.ask()).status_code == 429
         async with asyncio.timeout(5):

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.conftest import Service, Spawned, seen, spawned
+from tests.conftest import Service, SubprocessService, seen, spawned
 from tests.readers import DONE, Event, Standard, joined, standard
 from tests.redis_servers import RedisServer, needs_redis
 from tests.replicas.fleets import JSON, follow, number_of, start
@@ -27,7 +27,9 @@ TOLD_WITHIN = 10
 
 
 @asynccontextmanager
-async def processes(grok: Upstream, redis: RedisServer, count: int, **changes: object) -> AsyncIterator[list[Spawned]]:
+async def processes(
+    grok: Upstream, redis: RedisServer, count: int, **changes: object
+) -> AsyncIterator[list[SubprocessService]]:
     """So many replicas, each a process of its own."""
     shared: Any = {"redis_url": redis.url, "redis_prefix": f"test:{secrets.token_hex(4)}:", **changes}
     async with AsyncExitStack() as stack:
@@ -39,7 +41,7 @@ async def processes(grok: Upstream, redis: RedisServer, count: int, **changes: o
 
 async def test_killed_owner(grok: Upstream) -> None:
     """Readers elsewhere are told that the answer was cut off, from wherever they read, and always the same."""
-    grok.play(stream("a", "b", HANG))
+    grok.set_scripts(stream("a", "b", HANG))
     async with RedisServer() as redis, processes(grok, redis, 3) as (owner, other, third):
         url = await start(owner, Idempotency_Key="k")
         id = number_of(url)
@@ -67,7 +69,7 @@ async def test_killed_owner(grok: Upstream) -> None:
 
 async def test_killed_before_the_status(grok: Upstream) -> None:
     """A key whose first try died with its replica before it had a status is free."""
-    grok.play([HANG], stream("a"))
+    grok.set_scripts([HANG], stream("a"))
     async with RedisServer() as redis, processes(grok, redis, 2) as (owner, other):
         asked = asyncio.create_task(owner.ask(headers={**JSON, "Idempotency-Key": "k"}))
         await grok.call(0)
@@ -83,7 +85,7 @@ async def test_killed_before_the_status(grok: Upstream) -> None:
 
 async def test_owner_that_was_away(grok: Upstream) -> None:
     """A replica that slept finds its answer ended by others: its readers there read on, but nobody is told two ends."""
-    grok.play(stream("a", HANG))
+    grok.set_scripts(stream("a", HANG))
     async with RedisServer() as redis, processes(grok, redis, 2) as (owner, other):
         url = await start(owner)
         async with follow(other, url) as live:
@@ -142,7 +144,7 @@ async def test_campaign(grok: Upstream, answers: int) -> None:
     chance = random.Random(7)  # noqa: S311 -- the same each time
     words = [f"{number} " for number in range(30)]
     text = "".join(words)
-    grok.play(stream(*(step for word in words for step in (word, 0.03))))
+    grok.set_scripts(stream(*(step for word in words for step in (word, 0.03))))
     ends: dict[str, int] = {}
     changes = {"replay_ttl": 5, "resume_window": 5, "grok_retries": 0, "log_level": "error"}
     async with RedisServer() as redis, AsyncExitStack() as stack:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.conftest import Local
+from tests.conftest import InProcessService
 from tests.readers import DONE, Event, joined, standard
 from tests.redis_servers import RedisServer, engines, needs_redis
 from tests.replicas.fleets import BRISK, becomes, fleet, follow, number_of, start, until
@@ -23,15 +23,15 @@ async def redis(request: pytest.FixtureRequest) -> AsyncIterator[RedisServer]:
 
 
 @pytest.fixture(scope="module")
-async def replicas(grok: Upstream, redis: RedisServer) -> AsyncIterator[list[Local]]:
+async def replicas(grok: Upstream, redis: RedisServer) -> AsyncIterator[list[InProcessService]]:
     async with fleet(grok, redis, 3, resume_window=0.6, replay_ttl=2) as replicas:
         yield replicas
 
 
-async def test_as_it_comes(grok: Upstream, replicas: list[Local]) -> None:
+async def test_as_it_comes(grok: Upstream, replicas: list[InProcessService]) -> None:
     """A reader elsewhere sees each event before Grok sends the next one."""
     gates = [Gate() for _ in range(5)]
-    grok.play(stream(*[step for number, gate in enumerate(gates) for step in (f"{number}", gate)]))
+    grok.set_scripts(stream(*[step for number, gate in enumerate(gates) for step in (f"{number}", gate)]))
     owner, other, _ = replicas
     url = await start(owner)
     async with follow(other, url) as live:
@@ -42,9 +42,9 @@ async def test_as_it_comes(grok: Upstream, replicas: list[Local]) -> None:
     assert len(grok.calls) == 1
 
 
-async def test_from_every_position(grok: Upstream, replicas: list[Local]) -> None:
+async def test_from_every_position(grok: Upstream, replicas: list[InProcessService]) -> None:
     """After any event the rest is the same on every replica, byte by byte; after the last one there is nothing."""
-    grok.play(stream(*TOKENS))
+    grok.set_scripts(stream(*TOKENS))
     owner, *others = replicas
     url = await start(owner)
     events = standard((await owner.client.get(url)).content)
@@ -60,9 +60,9 @@ async def test_from_every_position(grok: Upstream, replicas: list[Local]) -> Non
 async def test_many_at_once_over_replicas(grok: Upstream, redis: RedisServer) -> None:
     """Sixty answers, each read on all replicas at the same time, by readers that come at any time, are exact."""
     chance = random.Random(1)  # noqa: S311 -- the same each time
-    grok.play(stream(*[step for token in TOKENS[:60] for step in (token, 0.001)]))
+    grok.set_scripts(stream(*[step for token in TOKENS[:60] for step in (token, 0.001)]))
 
-    async def one(replicas: list[Local]) -> set[str]:
+    async def one(replicas: list[InProcessService]) -> set[str]:
         url = await start(chance.choice(replicas))
         await asyncio.sleep(chance.random() * 0.1)
         responses = await asyncio.gather(*(service.client.get(url) for service in replicas))
@@ -75,9 +75,9 @@ async def test_many_at_once_over_replicas(grok: Upstream, redis: RedisServer) ->
     assert set.union(*texts) == {"".join(TOKENS[:60]).replace("\r", "\n")}
 
 
-async def test_failed_elsewhere(grok: Upstream, replicas: list[Local]) -> None:
+async def test_failed_elsewhere(grok: Upstream, replicas: list[InProcessService]) -> None:
     """The end that is told is the one that it was, and nothing lies after it."""
-    grok.play(stream("a", CLOSE))
+    grok.set_scripts(stream("a", CLOSE))
     url = await start(replicas[0])
     for service in replicas:
         _, failed = standard((await service.client.get(url)).content)
@@ -88,7 +88,7 @@ async def test_failed_elsewhere(grok: Upstream, replicas: list[Local]) -> None:
 async def test_failure_after_the_hold_elsewhere(grok: Upstream, redis: RedisServer) -> None:
     """Who reads before Grok has said anything is told of a refusal that comes late."""
     gate = Gate()
-    grok.play([gate, *error(401, {"error": "x"})])
+    grok.set_scripts([gate, *error(401, {"error": "x"})])
     async with fleet(grok, redis, status_hold=0.05, keep_alive=0.1) as (owner, other):
         url = await start(owner)
         async with follow(other, url) as live:
@@ -98,11 +98,11 @@ async def test_failure_after_the_hold_elsewhere(grok: Upstream, redis: RedisServ
             assert await live.rest() == []
 
 
-async def test_large_frames(grok: Upstream, replicas: list[Local]) -> None:
+async def test_large_frames(grok: Upstream, replicas: list[InProcessService]) -> None:
     """What is too large to be published is read all the same, at once."""
     gate = Gate()
     large = "x" * 200_000
-    grok.play(stream("a", gate, large, "b"))
+    grok.set_scripts(stream("a", gate, large, "b"))
     url = await start(replicas[0])
     async with follow(replicas[1], url) as live:
         await live.event()
@@ -110,10 +110,10 @@ async def test_large_frames(grok: Upstream, replicas: list[Local]) -> None:
         assert [event.data for event in await live.rest()] == [large, "b", DONE]
 
 
-async def test_positions_beyond_the_copy(grok: Upstream, replicas: list[Local]) -> None:
+async def test_positions_beyond_the_copy(grok: Upstream, replicas: list[InProcessService]) -> None:
     """While an answer runs, a reader may be ahead of the copy, and waits; what never was is refused after the end."""
     gate = Gate()
-    grok.play(stream("a", gate, "b", "c"))
+    grok.set_scripts(stream("a", gate, "b", "c"))
     url = await start(replicas[0])
     async with follow(replicas[1], url, f"{number_of(url)}-2") as live:
         gate.open()
@@ -122,10 +122,10 @@ async def test_positions_beyond_the_copy(grok: Upstream, replicas: list[Local]) 
     assert response.json()["error"]["code"] == "invalid_last_event_id"
 
 
-async def test_position_that_never_comes(grok: Upstream, replicas: list[Local]) -> None:
+async def test_position_that_never_comes(grok: Upstream, replicas: list[InProcessService]) -> None:
     """Who waits for an event that never comes is told so at the end, and does not hang."""
     gate = Gate()
-    grok.play(stream("a", gate))
+    grok.set_scripts(stream("a", gate))
     url = await start(replicas[0])
     async with follow(replicas[1], url, f"{number_of(url)}-99") as live:
         gate.open()
@@ -133,9 +133,9 @@ async def test_position_that_never_comes(grok: Upstream, replicas: list[Local]) 
 
 
 @pytest.mark.parametrize("how", ["delete", "stop"])
-async def test_stopped_from_elsewhere(grok: Upstream, replicas: list[Local], how: str) -> None:
+async def test_stopped_from_elsewhere(grok: Upstream, replicas: list[InProcessService], how: str) -> None:
     """Stopping on any replica hangs up Grok at once, and every reader is told."""
-    grok.play(stream("a", HANG))
+    grok.set_scripts(stream("a", HANG))
     url = await start(replicas[0])
     async with follow(replicas[1], url) as live:
         await live.event()
@@ -151,18 +151,18 @@ async def test_stopped_from_elsewhere(grok: Upstream, replicas: list[Local], how
         assert (await service.client.delete("/api/chat/unknown")).status_code == 204
 
 
-async def test_stop_that_nobody_heard(grok: Upstream, redis: RedisServer, replicas: list[Local]) -> None:
+async def test_stop_that_nobody_heard(grok: Upstream, redis: RedisServer, replicas: list[InProcessService]) -> None:
     """A request to stop that was not heard of is found by the owner's next look."""
-    grok.play(stream("a", HANG))
+    grok.set_scripts(stream("a", HANG))
     url = await start(replicas[0])
     prefix = replicas[0].settings.redis_prefix
     redis.do("SET", f"{prefix}{{{number_of(url)}}}:stop", "1", "EX", 60)
     await grok.calls[0].hung_up(within=2)
 
 
-async def test_readers_elsewhere_count(grok: Upstream, replicas: list[Local]) -> None:
+async def test_readers_elsewhere_count(grok: Upstream, replicas: list[InProcessService]) -> None:
     """A reader on another replica keeps Grok going; the window begins when the last one has left."""
-    grok.play(stream("a", HANG))
+    grok.set_scripts(stream("a", HANG))
     url = await start(replicas[0])
     async with follow(replicas[1], url) as live:
         await live.event()
@@ -175,7 +175,7 @@ async def test_readers_elsewhere_count(grok: Upstream, replicas: list[Local]) ->
 
 async def test_drained_owner(grok: Upstream, redis: RedisServer) -> None:
     """When the owner stops, its readers elsewhere are told as its own are, and what is kept can still be read there."""
-    grok.play(stream("a", HANG))
+    grok.set_scripts(stream("a", HANG))
     async with fleet(grok, redis, 1, redis_prefix="drained:") as (other,):
         async with fleet(grok, redis, 1, redis_prefix="drained:", drain_timeout=0.1) as (owner,):
             url = await start(owner)
@@ -187,10 +187,10 @@ async def test_drained_owner(grok: Upstream, redis: RedisServer) -> None:
         assert standard((await other.client.get(url)).content) == events
 
 
-async def test_chat_ids_over_replicas(grok: Upstream, replicas: list[Local]) -> None:
+async def test_chat_ids_over_replicas(grok: Upstream, replicas: list[InProcessService]) -> None:
     """What `useChat` asks for by its chat's id is found on any replica, until somebody has read it to its end."""
     gate = Gate()
-    grok.play(stream("a", gate, "b"))
+    grok.set_scripts(stream("a", gate, "b"))
     id = "0f8fad5b-d9cb-469f-a165-70867728950e"
     message = {"id": "1", "role": "user", "parts": [{"type": "text", "text": "Hi"}]}
     owner, other, third = replicas
@@ -212,7 +212,7 @@ async def test_chat_ids_over_replicas(grok: Upstream, replicas: list[Local]) -> 
 async def test_nothing_is_left_over_replicas(grok: Upstream, redis: RedisServer) -> None:
     """Every key has the prefix and a time to live from the start; none tells what anybody said; none is left."""
     gate = Gate()
-    grok.play(stream("a", gate))
+    grok.set_scripts(stream("a", gate))
     limits = {"rate_limit": "100/second", "max_streams_per_client": 50}
     async with fleet(grok, redis, 2, BRISK, redis_prefix="left:", replay_ttl=0.5, **limits) as (owner, other):
         url = await start(owner, "secret words", Idempotency_Key="secret key")
@@ -230,7 +230,7 @@ async def test_nothing_is_left_over_replicas(grok: Upstream, redis: RedisServer)
 async def test_names_without_redis(grok: Upstream) -> None:
     """While Redis is away a chat's id finds what is here, and what may be elsewhere is unavailable."""
     gate = Gate()
-    grok.play(stream("a", gate))
+    grok.set_scripts(stream("a", gate))
     id = "1f8fad5b-d9cb-469f-a165-70867728950e"
     message = {"id": "1", "role": "user", "parts": [{"type": "text", "text": "Hi"}]}
     body = {"id": id, "messages": [message], "trigger": "submit-message", "resumable": True}
@@ -259,9 +259,9 @@ async def test_names_without_redis(grok: Upstream) -> None:
             redis.go_on()
 
 
-async def test_stopped_by_name(grok: Upstream, replicas: list[Local]) -> None:
+async def test_stopped_by_name(grok: Upstream, replicas: list[InProcessService]) -> None:
     """A chat is stopped by its id on any replica."""
-    grok.play(stream("a", HANG))
+    grok.set_scripts(stream("a", HANG))
     id = "2f8fad5b-d9cb-469f-a165-70867728950e"
     message = {"id": "1", "role": "user", "parts": [{"type": "text", "text": "Hi"}]}
     body = {"id": id, "messages": [message], "trigger": "submit-message", "resumable": True}
@@ -273,7 +273,7 @@ async def test_stopped_by_name(grok: Upstream, replicas: list[Local]) -> None:
 
 async def test_little_memory(grok: Upstream, redis: RedisServer) -> None:
     """What the owner drops to make room is dropped in Redis, too; who needs it elsewhere is told."""
-    grok.play(stream(*["x" * 1000] * 50))
+    grok.set_scripts(stream(*["x" * 1000] * 50))
     bounds = {"replay_bytes": 20_000, "replay_total_bytes": 60_000}
     async with fleet(grok, redis, 2, BRISK, redis_prefix="little:", **bounds) as (owner, other):
         urls = []
@@ -295,7 +295,7 @@ async def test_little_memory(grok: Upstream, redis: RedisServer) -> None:
 async def test_asleep_owner_with_a_reader(grok: Upstream, redis: RedisServer) -> None:
     """An owner that others have declared dead goes on for the reader that it has, and for nobody else."""
     gate = Gate()
-    grok.play(stream("a", gate, "b"))
+    grok.set_scripts(stream("a", gate, "b"))
     async with fleet(grok, redis, redis_prefix="asleep:") as (owner, other):
         url = await start(owner)
         id = number_of(url)

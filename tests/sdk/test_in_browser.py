@@ -7,7 +7,7 @@ from uuid import uuid4
 import pytest
 from playwright.async_api import Page, expect
 
-from tests.conftest import Local, serving
+from tests.conftest import InProcessService, serving
 from tests.sdk.conftest import AI_MAJORS
 from tests.upstream import CLOSE, HANG, Gate, Upstream, error, stream
 
@@ -30,9 +30,9 @@ async def texts(page: Page) -> list[str]:
 
 
 @pytest.mark.parametrize("major", AI_MAJORS)
-async def test_page_as_it_is(visit: Visit, grok: Upstream, service: Local, major: str) -> None:
+async def test_page_as_it_is(visit: Visit, grok: Upstream, service: InProcessService, major: str) -> None:
     """`useChat()` without an option, on a page of the service's own origin: exact text, reasoning, and metadata."""
-    grok.play(stream(*NASTY, reasoning=["hm"]), stream("two"))
+    grok.set_scripts(stream(*NASTY, reasoning=["hm"]), stream("two"))
     page = await visit(service.url, major)
     await send(page)
     await expect(page.locator("#status")).to_have_text("ready")
@@ -50,7 +50,7 @@ async def test_page_as_it_is(visit: Visit, grok: Upstream, service: Local, major
 async def test_page_elsewhere(visit: Visit, elsewhere: str, grok: Upstream, major: str) -> None:
     """From another origin: a reload in the middle shows all of the answer, a second one nothing, and no error."""
     gate = Gate()
-    grok.play(stream("one ", gate, "two"))
+    grok.set_scripts(stream("one ", gate, "two"))
     async with serving(grok.url, allowed_origins=elsewhere) as service:
         options = {
             "id": str(uuid4()),
@@ -76,9 +76,9 @@ async def test_page_elsewhere(visit: Visit, elsewhere: str, grok: Upstream, majo
 
 
 @pytest.mark.parametrize("major", AI_MAJORS)
-async def test_page_that_fails_and_stops(visit: Visit, grok: Upstream, service: Local, major: str) -> None:
+async def test_page_that_fails_and_stops(visit: Visit, grok: Upstream, service: InProcessService, major: str) -> None:
     """Failures before and after the status are our sentences; `stop()`, and a page that is left, hang up Grok."""
-    grok.play(error(401, {"error": "x"}), stream("par", CLOSE), stream("so far", HANG))
+    grok.set_scripts(error(401, {"error": "x"}), stream("par", CLOSE), stream("so far", HANG))
     page = await visit(service.url, major)
     for sentence in (
         "Grok does not accept this service's API key or its credits are used up. Only its operator can mend this.",
@@ -117,7 +117,7 @@ ASK = """async ([baseURL, params]) => {
 async def test_openai_in_a_page(visit: Visit, elsewhere: str, grok: Upstream) -> None:
     """From another origin: preflights pass, text is exact, and what must not be asked twice is asked once."""
     hi: Any = [{"role": "user", "content": "Hi"}]
-    grok.play(stream(*NASTY), stream(*NASTY), error(401, {"error": "x"}), stream("par", CLOSE))
+    grok.set_scripts(stream(*NASTY), stream(*NASTY), error(401, {"error": "x"}), stream("par", CLOSE))
     async with serving(grok.url, allowed_origins=elsewhere) as service:
         page = await visit(elsewhere, AI_MAJORS[-1])
         base = f"{service.url}/v1"

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Local, serving
+from tests.conftest import InProcessService, serving
 from tests.sdk.conftest import OPENAI_MAJORS, Scripted
 from tests.upstream import CLOSE, HANG, Script, Upstream, error, stream
 
@@ -23,9 +23,9 @@ USAGE = {
 }
 
 
-async def test_answers_in_node(node: Scripted, grok: Upstream, service: Local, major: str) -> None:
+async def test_answers_in_node(node: Scripted, grok: Upstream, service: InProcessService, major: str) -> None:
     """Streamed and whole, the text is exact and usage is counted as OpenAI does; the list of models is read."""
-    grok.play(stream(*NASTY, reasoning=["h\r", "\nm"], finish="length"))
+    grok.set_scripts(stream(*NASTY, reasoning=["h\r", "\nm"], finish="length"))
     async with node("openai.mjs", major, f"{service.url}/v1") as script:
         params = {"messages": HI, "stream": True, "stream_options": {"include_usage": True}}
         told = await script("create", params=params)
@@ -113,20 +113,20 @@ async def test_wait_in_node(node: Scripted, major: str) -> None:
         assert len(grok.calls) == 2
 
 
-async def test_stop_in_node(node: Scripted, grok: Upstream, service: Local, major: str) -> None:
+async def test_stop_in_node(node: Scripted, grok: Upstream, service: InProcessService, major: str) -> None:
     """Who breaks the loop hangs up Grok at once."""
-    grok.play(stream("so far", HANG))
+    grok.set_scripts(stream("so far", HANG))
     async with node("openai.mjs", major, f"{service.url}/v1") as script:
         told = await script("create", params={"messages": HI, "stream": True}, leave=1)
         await grok.calls[0].hung_up(within=1)
     assert told["content"] == "so far"
 
 
-async def test_langchain_in_node(node: Scripted, grok: Upstream, service: Local, major: str) -> None:
+async def test_langchain_in_node(node: Scripted, grok: Upstream, service: InProcessService, major: str) -> None:
     """LangChain streams and invokes on it; a request that it would repeat seven times for a 422 is asked once."""
     if major != OPENAI_MAJORS[-1]:
         return  # it brings a major of its own along
-    grok.play(stream(*NASTY))
+    grok.set_scripts(stream(*NASTY))
     async with node("openai.mjs", major, f"{service.url}/v1") as script:
         for streamed in (True, False):
             told = await script("langchain", messages=[["user", "Hi"]], stream=streamed)

@@ -12,7 +12,7 @@ from openai import AsyncOpenAI, AsyncStream
 from openai.types.chat import ChatCompletionChunk
 from pydantic import SecretStr
 
-from tests.conftest import Local, serving
+from tests.conftest import InProcessService, serving
 from tests.upstream import CLOSE, HANG, Call, Script, Steps, Upstream, error, frame, refusing, stream
 
 pytestmark = pytest.mark.anyio
@@ -29,9 +29,9 @@ async def using(url: str) -> AsyncIterator[AsyncOpenAI]:
         yield client
 
 
-async def test_stream_in_python(grok: Upstream, service: Local) -> None:
+async def test_stream_in_python(grok: Upstream, service: InProcessService) -> None:
     """Text and reasoning are exact; usage is counted as OpenAI does, and adds up."""
-    grok.play(stream(*NASTY, reasoning=["h\r", "\nm"], finish="length"))
+    grok.set_scripts(stream(*NASTY, reasoning=["h\r", "\nm"], finish="length"))
     content, reasoning, reasons, usage = "", "", [], []
     async with using(service.url) as client:
         chunks = await client.chat.completions.create(
@@ -53,9 +53,9 @@ async def test_stream_in_python(grok: Upstream, service: Local) -> None:
     assert len(grok.calls) == 1
 
 
-async def test_whole_in_python(grok: Upstream, service: Local) -> None:
+async def test_whole_in_python(grok: Upstream, service: InProcessService) -> None:
     """Without `stream` it is one completion."""
-    grok.play(stream(*NASTY))
+    grok.set_scripts(stream(*NASTY))
     async with using(service.url) as client:
         answer = await client.chat.completions.create(model=MODEL, messages=HI)
     assert answer.choices[0].message.content == TEXT
@@ -151,9 +151,11 @@ async def test_wait_in_python() -> None:
     ("script", "code"),
     [(stream("par", CLOSE), "upstream_cut_off"), (stream("par", frame({"error": "x"})), "upstream_error")],
 )
-async def test_failure_in_the_middle_in_python(grok: Upstream, service: Local, script: Steps, code: str) -> None:
+async def test_failure_in_the_middle_in_python(
+    grok: Upstream, service: InProcessService, script: Steps, code: str
+) -> None:
     """After the status a failure is an APIError with our words, after what came; Grok is asked once."""
-    grok.play(script)
+    grok.set_scripts(script)
     content = ""
 
     async def read(chunks: AsyncStream[ChatCompletionChunk]) -> None:
@@ -183,9 +185,9 @@ async def test_failure_of_a_whole_in_python() -> None:
         assert len(grok.calls) == 1
 
 
-async def test_stop_in_python(grok: Upstream, service: Local) -> None:
+async def test_stop_in_python(grok: Upstream, service: InProcessService) -> None:
     """Who closes the stream, or cancels the task, hangs up Grok at once."""
-    grok.play(stream("so far", HANG))
+    grok.set_scripts(stream("so far", HANG))
     async with using(service.url) as client:
         chunks = await client.chat.completions.create(model=MODEL, messages=HI, stream=True)
         assert (await anext(chunks)).choices[0].delta.content == "so far"
@@ -197,7 +199,7 @@ async def test_stop_in_python(grok: Upstream, service: Local) -> None:
         await call.hung_up(within=1)
 
 
-async def test_models_in_python(service: Local) -> None:
+async def test_models_in_python(service: InProcessService) -> None:
     """The list is what a program's menu is filled from."""
     async with using(service.url) as client:
         assert [model.id async for model in client.models.list()] == [MODEL]
@@ -210,9 +212,9 @@ def langchain(url: str) -> ChatOpenAI:
     return ChatOpenAI(base_url=f"{url}/v1", api_key=SecretStr("any"), model=MODEL, timeout=20)
 
 
-async def test_langchain_in_python(grok: Upstream, service: Local) -> None:
+async def test_langchain_in_python(grok: Upstream, service: InProcessService) -> None:
     """LangChain streams and invokes, with usage in its own names."""
-    grok.play(stream(*NASTY))
+    grok.set_scripts(stream(*NASTY))
     model = langchain(service.url)
     pieces = [piece async for piece in model.astream("Hi", stream_usage=True)]
     assert "".join(str(piece.content) for piece in pieces) == TEXT

@@ -11,7 +11,7 @@ import pytest
 
 from chatproxy.formats.ui_messages import UIMessages
 from tests.browser.wires import Relay
-from tests.conftest import Local, serving
+from tests.conftest import InProcessService, serving
 from tests.sdk.conftest import AI_MAJORS, Script, Scripted
 from tests.unit.test_formats import SEARCHED
 from tests.upstream import CLOSE, HANG, Gate, Upstream, error, frames, sse, stream
@@ -36,9 +36,9 @@ async def say(script: Script, text: str = "Hi", until: str = "ready", chat: str 
     return await script("until", chat=chat, status=until)
 
 
-async def test_whole_message(node: Scripted, grok: Upstream, service: Local, major: str) -> None:
+async def test_whole_message(node: Scripted, grok: Upstream, service: InProcessService, major: str) -> None:
     """Text and reasoning are exact, and usage and model are the message's metadata."""
-    grok.play(stream(*NASTY, reasoning=["h\r", "\nm"], finish="length"))
+    grok.set_scripts(stream(*NASTY, reasoning=["h\r", "\nm"], finish="length"))
     async with chatting(node, major, service.url) as script:
         told = await say(script)
     question, answer = told["messages"]
@@ -55,9 +55,9 @@ async def test_whole_message(node: Scripted, grok: Upstream, service: Local, maj
     assert len(grok.calls) == 1
 
 
-async def test_history_of_a_chat(node: Scripted, grok: Upstream, service: Local, major: str) -> None:
+async def test_history_of_a_chat(node: Scripted, grok: Upstream, service: InProcessService, major: str) -> None:
     """Each turn comes with the ones before; an answer that is asked for again replaces the last one."""
-    grok.play(stream("one"), stream("two", reasoning=["hm"]), stream("three"))
+    grok.set_scripts(stream("one"), stream("two", reasoning=["hm"]), stream("three"))
     async with chatting(node, major, service.url) as script:
         await say(script, "first")
         await say(script, "second")
@@ -97,10 +97,12 @@ async def test_refused_message(
     assert status  # which the page does not see
 
 
-async def test_failed_answer_and_the_next(node: Scripted, grok: Upstream, service: Local, major: str) -> None:
+async def test_failed_answer_and_the_next(
+    node: Scripted, grok: Upstream, service: InProcessService, major: str
+) -> None:
     """An answer that fails shows our sentence and what came of it; the chat goes on after it, also without text."""
     for script_of_grok, kept in ((stream("par", CLOSE), "par"), (stream("", reasoning=["hm"]), "")):
-        grok.play(script_of_grok, stream("better"))
+        grok.set_scripts(script_of_grok, stream("better"))
         async with chatting(node, major, service.url) as script:
             told = await say(script, until="error")
             assert told["error"]["message"] in {
@@ -117,9 +119,9 @@ async def test_failed_answer_and_the_next(node: Scripted, grok: Upstream, servic
         ]
 
 
-async def test_file_in_a_chat(node: Scripted, grok: Upstream, service: Local, major: str) -> None:
+async def test_file_in_a_chat(node: Scripted, grok: Upstream, service: InProcessService, major: str) -> None:
     """A file gets a sentence, is not paid, and does not end the chat."""
-    grok.play(stream("ok"))
+    grok.set_scripts(stream("ok"))
     file = {"type": "file", "mediaType": "image/png", "url": "data:image/png;base64,aGk="}
     async with chatting(node, major, service.url) as script:
         await script("send", chat="a", parts=[file, {"type": "text", "text": "Look"}])
@@ -131,9 +133,9 @@ async def test_file_in_a_chat(node: Scripted, grok: Upstream, service: Local, ma
     assert [turn["content"] for turn in grok.calls[0].body["messages"]] == ["Look", "Well?"]
 
 
-async def test_stop_of_a_chat(node: Scripted, grok: Upstream, service: Local, major: str) -> None:
+async def test_stop_of_a_chat(node: Scripted, grok: Upstream, service: InProcessService, major: str) -> None:
     """`stop()` keeps what came and hangs up Grok at once."""
-    grok.play(stream("so far", HANG))
+    grok.set_scripts(stream("so far", HANG))
     async with chatting(node, major, service.url) as script:
         await script("send", chat="a", text="Hi")
         await script("until", chat="a", text="so far")
@@ -169,10 +171,10 @@ async def test_search_in_a_chat(node: Scripted, major: str) -> None:
     assert told["text"] == "It rains"
 
 
-async def test_reload_in_node(node: Scripted, grok: Upstream, service: Local, major: str) -> None:
+async def test_reload_in_node(node: Scripted, grok: Upstream, service: InProcessService, major: str) -> None:
     """A page that is loaded again shows all of the answer; another reload, once it is read, shows no error."""
     gate = Gate()
-    grok.play(sse(*frames(*NASTY, gate, "end")))
+    grok.set_scripts(sse(*frames(*NASTY, gate, "end")))
     chat = str(uuid4())
     options = {"api": f"{service.url}/api/chat", "id": chat, "body": {"resumable": True}}
     async with node("ui_messages.mjs", major) as first:
@@ -194,9 +196,11 @@ async def test_reload_in_node(node: Scripted, grok: Upstream, service: Local, ma
     assert len(grok.calls) == 1
 
 
-async def test_stop_of_a_chat_that_resumes(node: Scripted, grok: Upstream, service: Local, major: str) -> None:
+async def test_stop_of_a_chat_that_resumes(
+    node: Scripted, grok: Upstream, service: InProcessService, major: str
+) -> None:
     """There `stop()` is a disconnect; the chat's id ends the answer, and whoever reads is told so."""
-    grok.play(stream("so far", HANG))
+    grok.set_scripts(stream("so far", HANG))
     chat = str(uuid4())
     async with chatting(node, major, service.url, id=chat, body={"resumable": True}) as script:
         await script("send", chat="a", text="Hi")

@@ -13,7 +13,7 @@ from chatproxy.errors import Stopped
 from chatproxy.events import Chat, Message
 from chatproxy.metrics import Metrics
 from chatproxy.services.grok.client import Grok
-from tests.conftest import PATIENCE, environment
+from tests.conftest import TIMEOUT, environment
 from tests.upstream import Upstream
 
 pytestmark = pytest.mark.anyio
@@ -28,7 +28,7 @@ async def waiting(region: CancellableWait) -> "asyncio.Task[str]":
 
     async def wait() -> str:
         with pytest.raises(Over) as over, region:
-            await asyncio.sleep(PATIENCE)
+            await asyncio.sleep(TIMEOUT)
         task = asyncio.current_task()
         assert task
         return f"{over.value}, and cancelled {task.cancelling()} times"
@@ -70,7 +70,7 @@ async def test_error_leads_to_nothing_that_leads_back() -> None:
 
     async def give_up(wait: CancellableWait) -> None:
         with suppress(Over), wait:
-            await asyncio.sleep(PATIENCE)
+            await asyncio.sleep(TIMEOUT)
 
     gc.collect()
     gc.disable()

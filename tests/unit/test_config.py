@@ -12,7 +12,7 @@ import trustme
 
 from chatproxy.config import Invalid, RateLimit, Settings, load
 from chatproxy.server import Server, listen
-from tests.conftest import KEY, MEASURED, PATIENCE, ROOT, environment, spawned
+from tests.conftest import KEY, MEASURED, ROOT, TIMEOUT, environment, spawned
 from tests.upstream import Upstream, refusing
 
 DEFAULTS = {
@@ -571,7 +571,7 @@ def test_start_that_fails() -> None:
     sock.close()
 
     async def start() -> None:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             await Server(settings).running(sock).__aenter__()
 
     with pytest.raises(OSError, match="Bad file descriptor"):

@@ -157,7 +157,7 @@ async def test_end_of_a_live_stream() -> None:
         client() as http,
         http.stream("POST", f"{grok.url}/chat/completions", json={}) as response,
     ):
-        live = conftest.Live(response)
+        live = conftest.LiveStream(response)
         await live.rest()
         with pytest.raises(EOFError):
             await live.event()

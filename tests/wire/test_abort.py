@@ -31,7 +31,7 @@ from chatproxy.server import Server
 from chatproxy.services.grok.completion import Completion
 from chatproxy.services.resumable import ResumableStream
 from chatproxy.sse import Decoder
-from tests.conftest import HI, MEASURED, PATIENCE, ROOT, Caller, Service, environment, serving, spawned
+from tests.conftest import HI, MEASURED, ROOT, TIMEOUT, Caller, Service, environment, serving, spawned
 from tests.readers import answer
 from tests.upstream import CLOSE, HANG, RESET, Steps, Upstream, error, sse, stream
 
@@ -81,7 +81,7 @@ async def storm(grok: Upstream, service: Service, streams: int, refusals: int) -
     """So many streams that are broken off, then so many that Grok refuses; the next is answered within a second."""
     last = {"Connection": "close"}  # one that is kept would keep what it was about
     chance = random.Random(streams)  # noqa: S311 -- the same storm each time
-    grok.play(lambda _: chance.choice(ANSWERS))
+    grok.set_scripts(lambda _: chance.choice(ANSWERS))
     for _ in range(streams // TOGETHER):
         async with asyncio.TaskGroup() as group:
             for _ in range(TOGETHER):
@@ -89,10 +89,10 @@ async def storm(grok: Upstream, service: Service, streams: int, refusals: int) -
         assert (await service.client.get("/healthz", headers=last)).is_success  # it has caught up
     await grok.until(lambda: grok.playing == 0)  # everybody was hung up on
 
-    grok.play(LIMITED)
+    grok.set_scripts(LIMITED)
     refused = await asyncio.gather(*(service.ask(headers=last) for _ in range(refusals)))
     assert ["upstream_rate_limited" in response.text for response in refused] == [True] * refusals
-    grok.play()
+    grok.set_scripts()
     async with asyncio.timeout(1):
         assert answer((await service.ask(headers=last)).content) == "Hello, world"
 
@@ -156,7 +156,7 @@ class Program:
 
     async def told(self) -> Any:
         assert self._process.stdout
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             return json.loads(await self._process.stdout.readline())
 
     async def remains(self) -> Remains:
@@ -171,7 +171,7 @@ class Program:
 
     async def end(self) -> tuple[str, int]:
         """What it has written to stderr, and its exit code."""
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             _, errors = await self._process.communicate()
         assert self._process.returncode is not None
         return errors.decode(), self._process.returncode
@@ -226,7 +226,7 @@ async def test_nothing_is_left() -> None:
 async def client(port: int) -> AsyncIterator[Service]:
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(
-        base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE, trust_env=False, limits=limits
+        base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT, trust_env=False, limits=limits
     ) as client:
         yield Service(port, client)
 

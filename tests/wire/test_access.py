@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Mapping
 import httpx
 import pytest
 
-from tests.conftest import HI, Local, refusal, serving
+from tests.conftest import HI, InProcessService, refusal, serving
 from tests.readers import DONE, standard
 from tests.upstream import HANG, Gate, Upstream, stream
 from tests.wire.test_resume import JSON, address, name, rest
@@ -34,7 +34,7 @@ def limited(response: httpx.Response) -> int:
 
 
 @pytest.fixture(scope="module")
-async def service(grok: Upstream) -> AsyncIterator[Local]:
+async def service(grok: Upstream) -> AsyncIterator[InProcessService]:
     async with serving(grok.url, access_tokens=",".join(TOKENS), allowed_origins=PAGE) as service:
         yield service
 
@@ -57,9 +57,9 @@ async def service(grok: Upstream) -> AsyncIterator[Local]:
         {"Cookie": f"token={TOKENS[0]}"},
     ],
 )
-async def test_unauthorized(grok: Upstream, service: Local, headers: Mapping[str, str]) -> None:
+async def test_unauthorized(grok: Upstream, service: InProcessService, headers: Mapping[str, str]) -> None:
     """Without one of the tokens no chat is begun; a page is told why."""
-    grok.play()
+    grok.set_scripts()
     encoded = [(key.encode(), value.encode("latin-1")) for key, value in {**headers, "Origin": PAGE}.items()]
     response = await service.client.post("/api/chat", json={"messages": HI}, headers=encoded)
     assert (response.status_code, refusal(response)["code"]) == (401, "unauthorized")
@@ -68,7 +68,7 @@ async def test_unauthorized(grok: Upstream, service: Local, headers: Mapping[str
     assert grok.calls == []
 
 
-async def test_unauthorized_body(service: Local) -> None:
+async def test_unauthorized_body(service: InProcessService) -> None:
     """The body of who has no token is not read."""
     async with service.caller() as caller:
         await caller.post(b"", Content_Length="1000")
@@ -77,15 +77,15 @@ async def test_unauthorized_body(service: Local) -> None:
 
 @pytest.mark.parametrize("token", TOKENS)
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
-async def test_authorized(grok: Upstream, service: Local, scheme: str, token: str) -> None:
+async def test_authorized(grok: Upstream, service: InProcessService, scheme: str, token: str) -> None:
     """Any of the tokens will do."""
-    grok.play()
+    grok.set_scripts()
     assert (await service.ask(headers={"Authorization": f"{scheme} {token}"})).status_code == 200
 
 
-async def test_ticket(grok: Upstream, service: Local) -> None:
+async def test_ticket(grok: Upstream, service: InProcessService) -> None:
     """Everything but a new chat goes without a token, for nobody else knows the stream's address."""
-    grok.play()
+    grok.set_scripts()
     url = (await service.ask(headers={**JSON, **bearer(TOKENS[0])})).json()["url"]
     events = standard((await rest(service, url)).content)
     assert events[-1].data == DONE
@@ -98,7 +98,7 @@ async def test_ticket(grok: Upstream, service: Local) -> None:
     assert len(grok.calls) == 1
 
 
-async def test_tokens_are_compared_in_constant_time(service: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_tokens_are_compared_in_constant_time(service: InProcessService, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was sent is compared with each token, whichever it is, by the comparison made for it."""
     compared: list[tuple[bytes, bytes]] = []
 

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from chatproxy.app import create_app
 from chatproxy.asgi import LazyApp
 from chatproxy.config import load
-from tests.conftest import HI, MEASURED, PATIENCE, ROOT, environment, free_port, refusal
+from tests.conftest import HI, MEASURED, ROOT, TIMEOUT, environment, free_port, refusal
 from tests.readers import DONE, answer, standard
 from tests.upstream import HANG, Gate, Upstream, error, stream
 
@@ -54,7 +54,7 @@ async def stop(process: asyncio.subprocess.Process) -> str:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     try:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             written, _ = await process.communicate()
     finally:
         with suppress(ProcessLookupError):
@@ -71,7 +71,7 @@ async def under(
     variables = environment(upstream_url, port=None, host=None, grok_retries=0)
     process = await start(server, port, cwd, variables, app)
     try:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE, trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT, trust_env=False) as client:
             async with asyncio.timeout(30):
                 while True:
                     with suppress(httpx.TransportError):
@@ -98,12 +98,12 @@ async def test_any_server(server: str, tmp_path: Path) -> None:
             rest = b"".join([piece async for piece in pieces])
         assert began + rest == b"data: Hel\n\ndata: lo\ndata: \n\ndata: [DONE]\n\n"
 
-        grok.play(error(503, {"code": "unavailable", "error": "at capacity"}))
+        grok.set_scripts(error(503, {"code": "unavailable", "error": "at capacity"}))
         refused = await client.post("/api/chat", json={"messages": HI})
         assert (refused.status_code, refusal(refused)["code"]) == (503, "upstream_overloaded")
 
         gate = Gate()
-        grok.play(stream("a", gate, "b"))
+        grok.set_scripts(stream("a", gate, "b"))
         async with client.stream("POST", "/api/chat", json={"messages": HI, "resumable": True}) as response:
             url = response.headers["Content-Location"]
             async for piece in response.aiter_raw():  # pragma: no branch -- it does not end before
@@ -114,7 +114,7 @@ async def test_any_server(server: str, tmp_path: Path) -> None:
         assert [event.data for event in standard(resumed.content)] == ["b", DONE]
         assert len(grok.calls) == 1
 
-        grok.play(stream("a", HANG))
+        grok.set_scripts(stream("a", HANG))
         async with client.stream("POST", "/api/chat", json={"messages": HI}) as response:
             await anext(response.aiter_raw())
         await grok.calls[0].hung_up(within=3)

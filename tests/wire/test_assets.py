@@ -4,7 +4,7 @@ import gzip
 
 import pytest
 
-from tests.conftest import ROOT, Local, serving
+from tests.conftest import ROOT, InProcessService, serving
 from tests.upstream import Upstream
 
 pytestmark = pytest.mark.anyio
@@ -17,7 +17,7 @@ FILES = [
 
 
 @pytest.mark.parametrize(("path", "name", "media_type"), FILES)
-async def test_file(service: Local, path: str, name: str, media_type: str) -> None:
+async def test_file(service: InProcessService, path: str, name: str, media_type: str) -> None:
     """Each is the package's file, of the right type, and no cache gives it away without asking us."""
     whole = await service.client.get(path)
     assert (whole.status_code, whole.headers["Content-Type"]) == (200, media_type)
@@ -31,7 +31,7 @@ async def test_file(service: Local, path: str, name: str, media_type: str) -> No
 
 
 @pytest.mark.parametrize("path", [path for path, _, _ in FILES])
-async def test_not_modified(service: Local, path: str) -> None:
+async def test_not_modified(service: InProcessService, path: str) -> None:
     """Who has the file is told so, in every way that HTTP has of asking, and who has another one gets it."""
     etag = (await service.client.get(path)).headers["ETag"]
     assert etag.startswith('"')

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from tests.conftest import HI, Local, refusal, serving
+from tests.conftest import HI, InProcessService, refusal, serving
 from tests.readers import answer
 from tests.upstream import Upstream, stream
 
@@ -18,7 +18,7 @@ USER = {"role": "user", "content": "canary"}
 
 
 @pytest.fixture(scope="module")
-async def service(grok: Upstream) -> AsyncIterator[Local]:
+async def service(grok: Upstream) -> AsyncIterator[InProcessService]:
     async with serving(grok.url, max_body_bytes=50_000, max_messages=5) as service:
         yield service
 
@@ -55,7 +55,7 @@ NOT_JSON = {
 
 
 @pytest.mark.parametrize("sent", NOT_JSON.values(), ids=NOT_JSON.keys())
-async def test_not_json(grok: Upstream, service: Local, sent: bytes) -> None:
+async def test_not_json(grok: Upstream, service: InProcessService, sent: bytes) -> None:
     """What is not JSON in UTF-8, or nested too deep, is a 400."""
     response = await post(service, sent)
     problem = refusal(response)
@@ -95,7 +95,7 @@ WRONG_SHAPES = {
 
 
 @pytest.mark.parametrize(("sent", "param"), WRONG_SHAPES.values(), ids=WRONG_SHAPES.keys())
-async def test_wrong_shape(grok: Upstream, service: Local, sent: bytes, param: str | None) -> None:
+async def test_wrong_shape(grok: Upstream, service: InProcessService, sent: bytes, param: str | None) -> None:
     """JSON of the wrong shape is a 422 that names the field."""
     response = await post(service, sent)
     problem = refusal(response)
@@ -108,7 +108,7 @@ async def test_wrong_shape(grok: Upstream, service: Local, sent: bytes, param: s
 @pytest.mark.parametrize(
     "media_type", [None, "", "text/plain", "application/x-www-form-urlencoded", "application/jsonp"]
 )
-async def test_other_media_types(grok: Upstream, service: Local, media_type: str | None) -> None:
+async def test_other_media_types(grok: Upstream, service: InProcessService, media_type: str | None) -> None:
     """A body of another type, which a page may send without a preflight, is refused unread."""
     headers = {} if media_type is None else {"Content-Type": media_type}
     response = await service.client.post("/api/chat", content=body(), headers=headers)
@@ -116,7 +116,7 @@ async def test_other_media_types(grok: Upstream, service: Local, media_type: str
     assert grok.calls == []
 
 
-async def test_too_large(grok: Upstream, service: Local) -> None:
+async def test_too_large(grok: Upstream, service: InProcessService) -> None:
     """A body over the limit is refused, with a length or without, and before it has been sent."""
     large = body(messages=[{"role": "user", "content": "x" * 50_000}])
 
@@ -158,33 +158,33 @@ HALVES = {
 
 
 @pytest.mark.parametrize(("escaped", "mended"), HALVES.values(), ids=HALVES.keys())
-async def test_half_an_emoji(grok: Upstream, service: Local, escaped: bytes, mended: str) -> None:
+async def test_half_an_emoji(grok: Upstream, service: InProcessService, escaped: bytes, mended: str) -> None:
     """What JavaScript makes of a text that it cuts inside an emoji reaches Grok as U+FFFD."""
-    grok.play(stream("ok"))
+    grok.set_scripts(stream("ok"))
     assert (await post(service, content(b'"' + escaped + b'"'))).status_code == 200
     assert grok.calls[0].body["messages"][-1]["content"] == mended
 
 
 @pytest.mark.parametrize("field", [rb'"x": "\ud83d"', rb'"x": {"\udc00": ["\ud83d"]}', rb'"sessionId": "\ud83d"'])
-async def test_half_an_emoji_elsewhere(grok: Upstream, service: Local, field: bytes) -> None:
+async def test_half_an_emoji_elsewhere(grok: Upstream, service: InProcessService, field: bytes) -> None:
     """Nor does one in another field make the conversation invalid, whether or not anybody reads it."""
-    grok.play(stream("ok"))
+    grok.set_scripts(stream("ok"))
     assert (await post(service, body()[:-1] + b", " + field + b"}")).status_code == 200
     assert len(grok.calls) == 1
 
 
-async def test_other_codings(grok: Upstream, service: Local) -> None:
+async def test_other_codings(grok: Upstream, service: InProcessService) -> None:
     """A compressed body is another media type; a byte order mark is none of the JSON."""
-    grok.play(stream("ok"))
+    grok.set_scripts(stream("ok"))
     headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
     packed = await service.client.post("/api/chat", content=gzip.compress(body()), headers=headers)
     assert (packed.status_code, refusal(packed)["code"]) == (415, "unsupported_media_type")
     assert grok.calls == []
     assert (await post(service, b"\xef\xbb\xbf" + body())).status_code == 200
-    grok.play()
+    grok.set_scripts()
 
 
-async def test_too_many_messages(grok: Upstream, service: Local) -> None:
+async def test_too_many_messages(grok: Upstream, service: InProcessService) -> None:
     """One message over the limit is refused."""
     response = await post(service, body(messages=HI * 6))
     assert (response.status_code, refusal(response)["code"]) == (413, "too_many_messages")
@@ -192,7 +192,7 @@ async def test_too_many_messages(grok: Upstream, service: Local) -> None:
 
 
 @pytest.mark.parametrize("accept", ["text/html", "image/png, text/plain", "application/xml;q=0.5"])
-async def test_not_acceptable(grok: Upstream, service: Local, accept: str) -> None:
+async def test_not_acceptable(grok: Upstream, service: InProcessService, accept: str) -> None:
     """Who takes neither an event stream nor JSON is told so."""
     response = await service.ask(headers={"Accept": accept})
     assert (response.status_code, refusal(response)["code"]) == (406, "not_acceptable")
@@ -200,7 +200,7 @@ async def test_not_acceptable(grok: Upstream, service: Local, accept: str) -> No
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "PATCH", "DELETE", "HEAD"])
-async def test_other_methods_of_other_paths(service: Local, method: str) -> None:
+async def test_other_methods_of_other_paths(service: InProcessService, method: str) -> None:
     """Another method gets a 405 that says what is allowed."""
     response = await service.client.request(method, "/api/chat")
     assert response.status_code == 405
@@ -213,7 +213,7 @@ async def test_other_methods_of_other_paths(service: Local, method: str) -> None
     "path", ["/api/chat/", "/api", "/api/", "/chat", "/api/chat/x/y/z", "/healthz/", "/%00", "/nowhere"]
 )
 @pytest.mark.parametrize("method", ["GET", "POST"])
-async def test_other_paths(grok: Upstream, service: Local, method: str, path: str) -> None:
+async def test_other_paths(grok: Upstream, service: InProcessService, method: str, path: str) -> None:
     """Another path is a 404 in JSON; a trailing slash is never redirected."""
     response = await service.client.request(method, path, json={"messages": HI})
     assert (response.status_code, refusal(response)["code"]) == (404, "not_found")
@@ -242,13 +242,13 @@ async def test_other_paths(grok: Upstream, service: Local, method: str, path: st
     ],
 )
 @pytest.mark.parametrize("media_type", ["application/json", "Application/JSON; charset=UTF-8"])
-async def test_odd_but_right(grok: Upstream, service: Local, sent: bytes, media_type: str) -> None:
+async def test_odd_but_right(grok: Upstream, service: InProcessService, sent: bytes, media_type: str) -> None:
     """What keeps to the rules is answered, odd as it may look."""
-    grok.play(stream("ok"))
+    grok.set_scripts(stream("ok"))
     response = await service.client.post("/api/chat", content=sent, headers={"Content-Type": media_type})
     assert answer(response.content) == "ok"
     assert len(grok.calls) == 1
 
 
-async def post(service: Local, sent: bytes) -> httpx.Response:
+async def post(service: InProcessService, sent: bytes) -> httpx.Response:
     return await service.client.post("/api/chat", content=sent, headers={"Content-Type": "application/json"})

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import HI, KEY, Local, failure, refusal, serving
+from tests.conftest import HI, KEY, InProcessService, failure, refusal, serving
 from tests.readers import DONE, Event, answer, standard
 from tests.upstream import (
     CLOSE,
@@ -41,7 +41,7 @@ CANARY = frame(chunk({"content": "canary"}))
 # What Grok is asked.
 
 
-async def test_request_to_grok(grok: Upstream, service: Local) -> None:
+async def test_request_to_grok(grok: Upstream, service: InProcessService) -> None:
     """Grok gets the model and the messages as they are, with our key."""
     messages = [
         {"role": "system", "content": " Be brief.\n"},
@@ -49,7 +49,7 @@ async def test_request_to_grok(grok: Upstream, service: Local) -> None:
         {"role": "assistant", "content": "Hallo"},
         {"role": "user", "content": "?"},
     ]
-    grok.play()
+    grok.set_scripts()
     assert (await service.ask(messages=messages)).status_code == 200
     [call] = grok.calls
     assert (call.method, call.path) == ("POST", "/v1/chat/completions")
@@ -83,7 +83,7 @@ async def test_settings_reach_grok() -> None:
         }
 
 
-async def test_nothing_of_the_caller_leaks(grok: Upstream, service: Local) -> None:
+async def test_nothing_of_the_caller_leaks(grok: Upstream, service: InProcessService) -> None:
     """Unknown fields and the caller's headers stay here; a valid traceparent alone is passed on."""
     trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
     secrets = {
@@ -96,7 +96,7 @@ async def test_nothing_of_the_caller_leaks(grok: Upstream, service: Local) -> No
         "Accept-Language": "canary",
         "Referer": "http://127.0.0.1/canary",
     }
-    grok.play()
+    grok.set_scripts()
     fields: dict[str, Any] = {"temperature": "canary", "model": "canary", "stream": False, "tool_choice": "canary"}
     turn = {"role": "user", "content": "Hi", "name": "canary"}
     response = await service.ask(headers={**secrets, "traceparent": trace}, messages=[turn], **fields)
@@ -112,10 +112,10 @@ async def test_nothing_of_the_caller_leaks(grok: Upstream, service: Local) -> No
     assert set(first.headers) - {"traceparent"} == set(second.headers)
 
 
-async def test_conversation_id(grok: Upstream, service: Local) -> None:
+async def test_conversation_id(grok: Upstream, service: InProcessService) -> None:
     """A session has one conversation id, safe in a header and not the session's own; no session, no id."""
     names: list[str | None] = ["s-1", "s-1", "s-2", "Grüße\r\nX-Evil: 1\0", "x" * 5000, "", None]
-    grok.play()
+    grok.set_scripts()
     for name in names:
         assert (await service.ask(sessionId=name)).status_code == 200
     await service.ask()
@@ -134,9 +134,9 @@ async def test_conversation_id(grok: Upstream, service: Local) -> None:
 
 
 @pytest.mark.parametrize("accept", ["text/event-stream", "*/*", None, "text/event-stream, application/json", "text/*"])
-async def test_answer(grok: Upstream, service: Local, accept: str | None) -> None:
+async def test_answer(grok: Upstream, service: InProcessService, accept: str | None) -> None:
     """The tokens as events, then the end marker, and the headers that keep them moving."""
-    grok.play(stream("Hel", "lo"))
+    grok.set_scripts(stream("Hel", "lo"))
     headers = {"Accept": accept or "", "Accept-Encoding": "gzip, br, zstd"}
     request = service.client.build_request("POST", "/api/chat", json={"messages": HI}, headers=headers)
     if accept is None:
@@ -171,9 +171,9 @@ async def test_answer(grok: Upstream, service: Local, accept: str | None) -> Non
         pytest.param(["data: a", ": b", "event: x"], "data: data: a\n\ndata: : b\n\ndata: event: x\n\n", id="fields"),
     ],
 )
-async def test_framing(grok: Upstream, service: Local, deltas: list[str], body: str) -> None:
+async def test_framing(grok: Upstream, service: InProcessService, deltas: list[str], body: str) -> None:
     """One event for each delta, exact to the byte."""
-    grok.play(stream(*deltas))
+    grok.set_scripts(stream(*deltas))
     assert (await service.ask()).text == body + "data: [DONE]\n\n"
 
 
@@ -212,19 +212,19 @@ def without(*keys: str) -> bytes:
         pytest.param(sse(frame(chunk({"content": "Hello"}, error=None)), STOP, DONE_FRAME), id="error is null"),
     ],
 )
-async def test_lenient_reading(grok: Upstream, service: Local, script: Script) -> None:
+async def test_lenient_reading(grok: Upstream, service: InProcessService, script: Script) -> None:
     """Whatever else Grok puts around a text, the caller gets the text and nothing else."""
-    grok.play(script)
+    grok.set_scripts(script)
     assert answer((await service.ask()).content) == "Hello"
 
 
-async def test_include(grok: Upstream, service: Local) -> None:
+async def test_include(grok: Upstream, service: InProcessService) -> None:
     """Reasoning and the finish are events of their own, in Grok's order, when asked for; usage is verbatim."""
     usage = {**USAGE, "cost_in_usd_ticks": 2**64 - 1, "unheard_of": [1.50, {"x": None}]}
     last: list[Step] = [frame(chunk({"content": "c"}, finish="length")), frame(chunk(None, usage=usage)), DONE_FRAME]
     reasoning = ["r\r", "\n[DONE]", ""]
     script = sse(*frames("a", "b", reasoning=reasoning, finish=None, usage=False, done=False), *last)
-    grok.play(script)
+    grok.set_scripts(script)
     response = await service.ask(include=["reasoning", "finish"])
     only_finish = await service.ask(include=["finish"])
     nothing = await service.ask(include=[])
@@ -240,9 +240,9 @@ async def test_include(grok: Upstream, service: Local) -> None:
     assert answer(nothing.content) == "abc"
 
 
-async def test_request_id(grok: Upstream, service: Local) -> None:
+async def test_request_id(grok: Upstream, service: InProcessService) -> None:
     """A sane id of the caller's is kept, any other is replaced by a new one; errors carry it too."""
-    grok.play()
+    grok.set_scripts()
     assert (await service.ask(headers={"X-Request-ID": "a.B_9-"})).headers["X-Request-ID"] == "a.B_9-"
     made = set()
     for insane in ("", "x" * 129, "a b", "é".encode().decode("latin-1"), '"', "a/b"):
@@ -262,7 +262,7 @@ async def test_request_id(grok: Upstream, service: Local) -> None:
         ("DELETE /api/chat/x", 204, b""),
     ],
 )
-async def test_http_1_0(service: Local, request_line: str, status: int, body: bytes) -> None:
+async def test_http_1_0(service: InProcessService, request_line: str, status: int, body: bytes) -> None:
     """A health check that speaks HTTP/1.0 gets its answer as it is, up to the end of the connection."""
     content = json.dumps({"messages": HI})
     async with service.caller() as caller:
@@ -275,22 +275,22 @@ async def test_http_1_0(service: Local, request_line: str, status: int, body: by
         assert await caller.rest() == body
 
 
-async def test_one_connection(grok: Upstream, service: Local) -> None:
+async def test_one_connection(grok: Upstream, service: InProcessService) -> None:
     """Grok's answers are read to their end, so that one connection serves one chat after the other."""
-    grok.play()
+    grok.set_scripts()
     for _ in range(5):
         assert answer((await service.ask()).content) == "Hello, world"
     assert {call.connection for call in grok.calls} == {grok.calls[0].connection}
 
 
-async def test_many_at_once(grok: Upstream, service: Local) -> None:
+async def test_many_at_once(grok: Upstream, service: InProcessService) -> None:
     """A hundred and fifty chats run side by side, each with its own answer."""
     gate = Gate()
 
     def script(call: Call) -> Steps:
         return stream("to ", gate, call.body["messages"][0]["content"])
 
-    grok.play(script)
+    grok.set_scripts(script)
     async with asyncio.TaskGroup() as group:
         asked = [group.create_task(service.ask(str(n))) for n in range(150)]
         await grok.until(lambda: grok.playing == 150)
@@ -318,18 +318,18 @@ DONE_ENDS = {
 
 
 @pytest.mark.parametrize("end", DONE_ENDS.values(), ids=DONE_ENDS.keys())
-async def test_done(grok: Upstream, service: Local, end: Iterable[Step]) -> None:
+async def test_done(grok: Upstream, service: InProcessService, end: Iterable[Step]) -> None:
     """Once Grok has finished, the answer soon ends in the end marker, whatever Grok does then."""
-    grok.play(sse(TEXT, *end))
+    grok.set_scripts(sse(TEXT, *end))
     async with asyncio.timeout(3):
         response = await service.ask()
     assert response.content == b"data: Hello\n\ndata: [DONE]\n\n"
 
 
-async def test_done_after_a_long_wait(grok: Upstream, service: Local) -> None:
+async def test_done_after_a_long_wait(grok: Upstream, service: InProcessService) -> None:
     """A finish that comes late is as good as any, in the first chunk as in the last."""
     late = 1.3  # longer than what a Grok that has finished is waited for
-    grok.play(
+    grok.set_scripts(
         sse(TEXT, late, STOP, 0.1, DONE_FRAME),
         sse(late, frame(chunk({"content": "Hello"}, finish="stop")), DONE_FRAME),
         sse(TEXT, late, STOP),
@@ -362,9 +362,9 @@ HARMLESS = {
 
 @pytest.mark.parametrize("said", HARMLESS.values(), ids=HARMLESS.keys())
 @pytest.mark.parametrize("first", [False, True], ids=["after text", "first of all"])
-async def test_harmless_frames(grok: Upstream, service: Local, said: bytes, first: bool) -> None:
+async def test_harmless_frames(grok: Upstream, service: InProcessService, said: bytes, first: bool) -> None:
     """What some gateways send beside the answer, and is neither text nor an error, is nothing."""
-    grok.play(sse(said, TEXT, STOP, DONE_FRAME) if first else sse(TEXT, said, TEXT, STOP, DONE_FRAME))
+    grok.set_scripts(sse(said, TEXT, STOP, DONE_FRAME) if first else sse(TEXT, said, TEXT, STOP, DONE_FRAME))
     response = await service.ask()
     assert answer(response.content) == ("Hello" if first else "HelloHello")
 
@@ -382,16 +382,18 @@ CUT_EMOJI = {
 
 @pytest.mark.parametrize(("deltas", "text"), CUT_EMOJI.values(), ids=CUT_EMOJI.keys())
 @pytest.mark.parametrize("finish", [STOP, b""], ids=["finish reason", "end marker only"])
-async def test_cut_emoji(grok: Upstream, service: Local, deltas: list[bytes], text: str, finish: bytes) -> None:
+async def test_cut_emoji(
+    grok: Upstream, service: InProcessService, deltas: list[bytes], text: str, finish: bytes
+) -> None:
     """An emoji that Grok cuts into two deltas arrives whole, and a lone half as U+FFFD."""
-    grok.play(sse(*map(delta, deltas), finish, DONE_FRAME))
+    grok.set_scripts(sse(*map(delta, deltas), finish, DONE_FRAME))
     assert answer((await service.ask()).content) == text
 
 
-async def test_usage_that_cannot_be_sent(grok: Upstream, service: Local) -> None:
+async def test_usage_that_cannot_be_sent(grok: Upstream, service: InProcessService) -> None:
     """A byte in the usage that is no UTF-8 costs the usage, and not the answer."""
     usage = frame(chunk(None, usage={"prompt_tokens": 1, "x": "canary"})).replace(b"canary", b"\xff")
-    grok.play(sse(TEXT, STOP, usage, DONE_FRAME))
+    grok.set_scripts(sse(TEXT, STOP, usage, DONE_FRAME))
     token, finish, end = standard((await service.ask(include=["finish"])).content)
     assert (token.data, end.data) == ("Hello", DONE)
     assert json.loads(finish.data)["usage"] is None
@@ -419,9 +421,9 @@ FAILED_ENDS = {
 
 
 @pytest.mark.parametrize(("end", "code"), FAILED_ENDS.values(), ids=FAILED_ENDS.keys())
-async def test_failed(grok: Upstream, service: Local, end: Iterable[Step], code: str) -> None:
+async def test_failed(grok: Upstream, service: InProcessService, end: Iterable[Step], code: str) -> None:
     """What goes wrong after the first token is told in one last event, without the end marker and in our own words."""
-    grok.play(sse(*end))
+    grok.set_scripts(sse(*end))
     response = await service.ask(include=["finish"])
     await grok.until(lambda: grok.playing == 0)
     token, error = standard(response.content)
@@ -441,9 +443,11 @@ async def test_failed(grok: Upstream, service: Local, end: Iterable[Step], code:
         pytest.param(sse(frame(chunk({"role": "assistant"})), DONE_FRAME), None, id="no finish reason"),
     ],
 )
-async def test_empty_answer(grok: Upstream, service: Local, script: Script, finish_reason: str | None) -> None:
+async def test_empty_answer(
+    grok: Upstream, service: InProcessService, script: Script, finish_reason: str | None
+) -> None:
     """An answer without any text is a failure, and the finish that Grok told comes before it."""
-    grok.play(script)
+    grok.set_scripts(script)
     response = await service.ask()
     with_finish = await service.ask(include=["finish"])
     [error] = standard(response.content)

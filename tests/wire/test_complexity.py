@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from chatproxy.sse import Decoder
-from tests.conftest import HI, Spawned, spawned
+from tests.conftest import HI, SubprocessService, spawned
 from tests.readers import DONE, Event, joined, naive
 from tests.upstream import HANG, STREAM_HEAD, Step, Upstream, chunk, frame, frames, piece, sse, stream
 
@@ -32,13 +32,13 @@ TAIL = b"".join(step for step in sse(*frames())[1:] if isinstance(step, bytes))
 SLACK = 4_000_000
 
 
-def used(service: Spawned) -> float:
+def used(service: SubprocessService) -> float:
     """Seconds of CPU time that the service has used so far, user and system."""
     # Linux makes the ID of another process's CPU clock from its PID: clock_getcpuclockid(3).
     return time.clock_gettime(~service.pid << 3 | 2)
 
 
-def peak(service: Spawned) -> int:
+def peak(service: SubprocessService) -> int:
     """The most bytes of memory that it has ever had resident."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{service.pid}/status").read_text())
     assert found

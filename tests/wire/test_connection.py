@@ -16,7 +16,7 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from chatproxy.connection import HTTPProtocol
-from tests.conftest import PATIENCE, Caller, Service
+from tests.conftest import TIMEOUT, Caller, Service
 
 pytestmark = pytest.mark.anyio
 
@@ -72,7 +72,7 @@ async def listening(protocol: type[HTTPProtocol] = HTTPProtocol) -> AsyncIterato
     config.timeout_graceful_shutdown = 1
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve([sock]))
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while not server.started:  # noqa: ASYNC110 -- uvicorn tells nobody
             await asyncio.sleep(0.005)
     try:
@@ -239,7 +239,7 @@ async def test_slow_head_in_drops() -> None:
     """A head that comes a byte at a time has no longer than any other."""
     async with listening(Hasty) as (service, _), service.caller() as caller:
         with suppress(ConnectionError):
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(TIMEOUT):
                 while not caller.at_eof():
                     await caller.send(b"\n")
                     await asyncio.sleep(0.01)  # so slowly is what it sends
@@ -343,7 +343,7 @@ async def test_large_trailers(more: bytes) -> None:
         await caller.send(b"GET /next HTTP/1.1\r\n" + more * 20)
         with suppress(ConnectionError):
             assert await caller.rest() == b""
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             await application.disconnected.wait()
 
 
@@ -369,12 +369,12 @@ async def test_registry() -> None:
             await caller.until(b"1\r\na\r\n")
             [transport] = Registered.transports
             transport.abort()
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(TIMEOUT):
                 await application.disconnected.wait()
         await none_of(Registered.transports)
 
 
 async def none_of(transports: set[asyncio.Transport]) -> None:
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while transports:  # noqa: ASYNC110 -- what is closed tells nobody
             await asyncio.sleep(0.01)

@@ -6,7 +6,7 @@ from time import monotonic
 
 import pytest
 
-from tests.conftest import PATIENCE, serving, spawned
+from tests.conftest import TIMEOUT, serving, spawned
 from tests.readers import DONE, Event, answer, joined, naive
 from tests.upstream import CLOSE, Steps, Upstream, chunk, frame
 from tests.upstream import DONE as DONE_FRAME
@@ -35,7 +35,7 @@ async def test_demo_says_what_it_is() -> None:
         async with service.asking() as live:
             assert await live.event() is not None
             service.process.terminate()
-        assert await service.exit_code(within=PATIENCE) == 0
+        assert await service.exit_code(within=TIMEOUT) == 0
     assert "built-in demo" in service.stderr
 
 

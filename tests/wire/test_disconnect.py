@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import HI, PATIENCE, Caller, Local, serving
+from tests.conftest import HI, TIMEOUT, Caller, InProcessService, serving
 from tests.upstream import (
     STREAM_HEAD,
     Call,
@@ -95,7 +95,7 @@ MOMENTS: dict[str, tuple[Callable[[Gate], Script], bool]] = {
 @pytest.mark.parametrize(("script", "begun"), MOMENTS.values(), ids=MOMENTS.keys())
 async def test_leaving(
     grok: Upstream,
-    service: Local,
+    service: InProcessService,
     ends: Ends,
     script: Callable[[Gate], Script],
     begun: bool,
@@ -105,7 +105,7 @@ async def test_leaving(
     gate = Gate()
     async with service.caller() as caller:
         call = await started(grok, caller, script(gate))
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             await gate.reached.wait()
         if begun:
             assert (await caller.head())[0] == 200
@@ -129,7 +129,7 @@ async def test_leaving_after_the_hold(grok: Upstream, ends: Ends, leave: Callabl
 @ways
 @pytest.mark.parametrize("resumable", [False, True], ids=["plain", "no way to come back"])
 async def test_leaving_before_the_status(
-    grok: Upstream, service: Local, ends: Ends, resumable: bool, leave: Callable[[Caller], None]
+    grok: Upstream, service: InProcessService, ends: Ends, resumable: bool, leave: Callable[[Caller], None]
 ) -> None:
     """Whoever leaves before the status cannot come back, so Grok is hung up on for a resumable answer, too."""
     seen = len(grok.calls)
@@ -144,7 +144,7 @@ async def test_leaving_before_the_status(
 
 @pytest.mark.parametrize("leave", [Caller.close, Caller.reset], ids=["FIN", "RST"])
 async def test_leaving_while_we_write(
-    grok: Upstream, service: Local, ends: Ends, leave: Callable[[Caller], None]
+    grok: Upstream, service: InProcessService, ends: Ends, leave: Callable[[Caller], None]
 ) -> None:
     """A caller who has not read for so long that we wait to write is missed all the same."""
     async with service.caller(receive_buffer=4096) as caller:
@@ -171,7 +171,7 @@ async def stalled(call: Call) -> None:
 
 @ways
 async def test_leaving_between_two_tries(
-    grok: Upstream, service: Local, ends: Ends, leave: Callable[[Caller], None]
+    grok: Upstream, service: InProcessService, ends: Ends, leave: Callable[[Caller], None]
 ) -> None:
     """Whoever leaves while we wait for another try ends the waiting, and nothing more is asked."""
     seen = len(grok.calls)
@@ -187,7 +187,7 @@ async def test_leaving_between_two_tries(
 
 @ways
 async def test_leaving_with_half_a_body(
-    grok: Upstream, service: Local, ends: Ends, leave: Callable[[Caller], None]
+    grok: Upstream, service: InProcessService, ends: Ends, leave: Callable[[Caller], None]
 ) -> None:
     """Whoever leaves before the request is complete has asked nothing."""
     seen = len(grok.calls)
@@ -236,7 +236,7 @@ async def test_leaving_while_tls_begins(ends: Ends, leave: Callable[[Caller], No
         assert (await ends.next())["status"] is None
 
 
-async def test_hang_up_is_measured(grok: Upstream, service: Local, ends: Ends) -> None:
+async def test_hang_up_is_measured(grok: Upstream, service: InProcessService, ends: Ends) -> None:
     """The time from leaving to hanging up is a metric."""
 
     async def observed() -> tuple[float, float]:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.conftest import MEASURED, PATIENCE, ROOT, free_port, serving
+from tests.conftest import MEASURED, ROOT, TIMEOUT, free_port, serving
 from tests.upstream import Upstream, unreachable
 from tests.wire.test_doctor import PACED, TOKEN, canned, response
 
@@ -80,7 +80,7 @@ async def test_interrupted_doctor() -> None:
     with unreachable() as url:
         process = await started(url)
         assert process.stdout is not None
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             assert b"doctor" in await process.stdout.readline()
             process.send_signal(signal.SIGINT)
             _, err = await process.communicate()

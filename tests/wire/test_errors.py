@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from chatproxy import errors, logs, sse
-from tests.conftest import HI, KEY, Local, failure, refusal, serving
+from tests.conftest import HI, KEY, InProcessService, failure, refusal, serving
 from tests.upstream import HANG, Call, Script, Steps, Upstream, frame, refusing, stream
 from tests.wire.test_refusals import ANSWERS, TEAM, UNREACHABLE, Expected
 
@@ -58,7 +58,7 @@ REFUSALS: list[tuple[dict[str, object], dict[str, Any], int, str, str | None, di
 
 
 @pytest.fixture(scope="module")
-async def service(grok: Upstream) -> AsyncIterator[Local]:
+async def service(grok: Upstream) -> AsyncIterator[InProcessService]:
     async with serving(grok.url, allowed_origins=ORIGIN) as service:
         yield service
 
@@ -70,7 +70,7 @@ async def service(grok: Upstream) -> AsyncIterator[Local]:
 )
 async def test_refusals(
     grok: Upstream,
-    service: Local,
+    service: InProcessService,
     settings: dict[str, object],
     request_: dict[str, Any],
     status: int,
@@ -79,7 +79,7 @@ async def test_refusals(
     headers: dict[str, str],
 ) -> None:
     """What we refuse is refused before Grok is asked; the page that asked can read why, and no value comes back."""
-    grok.play(stream("a", HANG))
+    grok.set_scripts(stream("a", HANG))
     if settings:
         async with serving(grok.url, **settings) as other, other.caller() as caller:
             await caller.post({"messages": HI}, Authorization=f"Bearer {'t' * 16}")
@@ -97,7 +97,7 @@ async def test_refusals(
     assert len(grok.calls) == running
 
 
-async def test_readable_by_the_page(service: Local) -> None:
+async def test_readable_by_the_page(service: InProcessService) -> None:
     """A page of an allowed origin may read every refusal, and how long to wait."""
     response = await service.client.request(**sent(path="/api/chats", origin=ORIGIN))
     assert response.headers["Access-Control-Allow-Origin"] == ORIGIN
@@ -114,7 +114,7 @@ async def all_of(answers: dict[str, tuple[Script, Expected]], how: str) -> dict[
         answer, _ = answers[call.body["messages"][0]["content"]]
         return [*([] if how == "address" else [0.3]), *(answer(call) if callable(answer) else answer)]
 
-    async def told(service: Local, name: str) -> Expected:
+    async def told(service: InProcessService, name: str) -> Expected:
         if how == "address":
             response = await service.ask(name, headers={"Accept": "application/json"})
             text = response.text
@@ -173,7 +173,7 @@ def mistake_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize("accept", ["text/event-stream", "application/json"])
 async def test_internal_error(
-    service: Local, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, accept: str
+    service: InProcessService, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, accept: str
 ) -> None:
     """A mistake of ours is a 500 that quotes nothing, and is logged."""
 
@@ -191,7 +191,7 @@ async def test_internal_error(
 @pytest.mark.parametrize("resumable", [False, True], ids=["plain", "resumable"])
 async def test_internal_error_in_a_stream(
     grok: Upstream,
-    service: Local,
+    service: InProcessService,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     resumable: bool,
@@ -204,7 +204,7 @@ async def test_internal_error_in_a_stream(
         return [delta]
 
     monkeypatch.setattr(sse.DeltaSplitter, "feed", broken)
-    grok.play(stream("a", "canary", HANG))
+    grok.set_scripts(stream("a", "canary", HANG))
     async with service.asking(resumable=resumable) as live:
         token, event = await live.rest()
     assert live.response.status_code == 200
@@ -239,10 +239,10 @@ def test_table_is_complete() -> None:
     assert sorted(codes) == sorted(here | of_grok | ELSEWHERE)
 
 
-async def test_table_of_grok_holds_for_errors_in_the_stream(grok: Upstream, service: Local) -> None:
+async def test_table_of_grok_holds_for_errors_in_the_stream(grok: Upstream, service: InProcessService) -> None:
     """Grok's words stay here also when the error comes after the first token."""
     said = {"code": "canary", "error": f"canary of team {TEAM} with {KEY}"}
-    grok.play(stream("a", frame(said)))
+    grok.set_scripts(stream("a", frame(said)))
     async with service.asking() as live:
         token, event = await live.rest()
     assert token.data == "a"

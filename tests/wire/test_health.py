@@ -8,7 +8,7 @@ from itertools import chain, repeat
 import pytest
 
 from chatproxy.config.timing import Timing
-from tests.conftest import KEY, PATIENCE, Local, Service, serving
+from tests.conftest import KEY, TIMEOUT, InProcessService, Service, serving
 from tests.readers import answer
 from tests.upstream import CLOSE, GOOD_KEY, HANG, RESET, Gate, Script, Upstream, error, head, refusing, unreachable
 
@@ -139,7 +139,7 @@ async def test_key_that_is_mended() -> None:
         await becomes(service, USELESS)
         gate = Gate()
         grok.key = [gate, *error(200, GOOD_KEY)]
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             await gate.reached.wait()
         assert await ready(service) == USELESS
         gate.open()
@@ -154,18 +154,18 @@ async def test_useless_key_and_chats() -> None:
 
 
 @pytest.fixture
-async def demo() -> AsyncIterator[Local]:
+async def demo() -> AsyncIterator[InProcessService]:
     async with serving("http://127.0.0.1:1/v1", grok_api_key=None, grok_base_url=None) as service:
         yield service
 
 
-async def test_demo_in_readyz(demo: Local) -> None:
+async def test_demo_in_readyz(demo: InProcessService) -> None:
     """Without a key the service is ready, and says what it is."""
     assert await ready(demo) == (200, {"status": "ok", "demo": True})
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz"])
-async def test_any_host_may_ask(service: Local, path: str) -> None:
+async def test_any_host_may_ask(service: InProcessService, path: str) -> None:
     """Whoever asks for its health may do so by any name, and with HEAD; nothing else is answered."""
     response = await service.client.get(path, headers={"Host": "anything.example"})
     assert response.status_code == 200

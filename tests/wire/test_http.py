@@ -9,7 +9,7 @@ import pytest
 from chatproxy.config import load
 from chatproxy.config.timing import Timing
 from chatproxy.server import listen
-from tests.conftest import HI, Local, environment, refusal, serving
+from tests.conftest import HI, InProcessService, environment, refusal, serving
 from tests.upstream import HANG, Upstream, stream
 from tests.wire.raw_requests import CHAT, chunked, read_response, request
 
@@ -32,9 +32,9 @@ NOT_HTTP = {
 
 
 @pytest.mark.parametrize("sent", NOT_HTTP.values(), ids=NOT_HTTP.keys())
-async def test_not_http(grok: Upstream, service: Local, sent: bytes) -> None:
+async def test_not_http(grok: Upstream, service: InProcessService, sent: bytes) -> None:
     """What is no HTTP/1.1 is a 400 that quotes nothing, and ends the connection; Grok is not called."""
-    grok.play()
+    grok.set_scripts()
     async with service.caller() as caller:
         await caller.send(sent)
         answered = await caller.rest()
@@ -47,9 +47,9 @@ async def test_not_http(grok: Upstream, service: Local, sent: bytes) -> None:
 @pytest.mark.parametrize(
     "name", ["X-Request-ID", "Origin", "Idempotency-Key", "Last-Event-ID", "traceparent", "Accept"]
 )
-async def test_line_breaks_in_headers(grok: Upstream, service: Local, name: str, end: str) -> None:
+async def test_line_breaks_in_headers(grok: Upstream, service: InProcessService, name: str, end: str) -> None:
     """A header with a control character is no HTTP, and its value is not repeated."""
-    grok.play()
+    grok.set_scripts()
     async with service.caller() as caller:
         await caller.send(request("/api/chat", (name, f"a{end}b"), content_type="text/plain"))
         response = await read_response(caller)
@@ -60,7 +60,7 @@ async def test_line_breaks_in_headers(grok: Upstream, service: Local, name: str,
 
 async def test_slow_body(grok: Upstream) -> None:
     """A body that does not come is not waited for; what came of it is not used."""
-    grok.play()
+    grok.set_scripts()
     async with serving(grok.url, Timing(body_timeout=0.2)) as service:
         for sent in (request(length=str(len(CHAT) + 1)), chunked(b"%x\r\n%b\r\n" % (len(CHAT), CHAT))):
             async with service.caller() as caller:
@@ -80,9 +80,9 @@ async def test_slow_body(grok: Upstream) -> None:
         pytest.param(chunked(b"2;"), b"a" * 10_000, id="chunk extension"),
     ],
 )
-async def test_endless_head(grok: Upstream, service: Local, begin: bytes, more: bytes) -> None:
+async def test_endless_head(grok: Upstream, service: InProcessService, begin: bytes, more: bytes) -> None:
     """What is no body is read up to a bound, and then no further."""
-    grok.play()
+    grok.set_scripts()
     sent = 0
     async with service.caller() as caller:
         with pytest.raises(ConnectionError):  # noqa: PT012 -- at any of these
@@ -95,9 +95,11 @@ async def test_endless_head(grok: Upstream, service: Local, begin: bytes, more: 
 
 
 @pytest.mark.parametrize("protocol", ["h2c", "websocket"])
-async def test_upgrade(grok: Upstream, service: Local, protocol: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_upgrade(
+    grok: Upstream, service: InProcessService, protocol: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """A chat that offers another protocol, as Java's HttpClient does, is answered like any other, without a warning."""
-    grok.play(stream("a"), stream("b"))
+    grok.set_scripts(stream("a"), stream("b"))
     async with service.caller() as caller:
         for text in (b"a", b"b"):
             await caller.post({"messages": HI}, Connection="Upgrade, HTTP2-Settings", Upgrade=protocol)
@@ -108,9 +110,9 @@ async def test_upgrade(grok: Upstream, service: Local, protocol: str, caplog: py
 
 
 @pytest.mark.parametrize("garbage", [b"canary\r\n\r\n", b"GET / HTTP/1.1\r\nX: " + b"y" * 300_000])
-async def test_garbage_after_a_request(grok: Upstream, service: Local, garbage: bytes) -> None:
+async def test_garbage_after_a_request(grok: Upstream, service: InProcessService, garbage: bytes) -> None:
     """What is no request, sent while an answer is on its way, ends the connection, and Grok is hung up on."""
-    grok.play(stream("a", HANG))
+    grok.set_scripts(stream("a", HANG))
     async with service.caller() as caller:
         await caller.post({"messages": HI})
         await caller.until(b"data: a\n\n\r\n")
@@ -120,9 +122,9 @@ async def test_garbage_after_a_request(grok: Upstream, service: Local, garbage: 
     await grok.calls[0].hung_up()
 
 
-async def test_garbage_after_an_answer(grok: Upstream, service: Local) -> None:
+async def test_garbage_after_an_answer(grok: Upstream, service: InProcessService) -> None:
     """What is no request, sent after a whole answer, is told so like any other."""
-    grok.play()
+    grok.set_scripts()
     async with service.caller() as caller:
         await caller.post({"messages": HI})
         await caller.until(b"\r\n0\r\n\r\n")
@@ -132,12 +134,12 @@ async def test_garbage_after_an_answer(grok: Upstream, service: Local) -> None:
 
 
 async def test_mistake_within_a_mistake(
-    grok: Upstream, service: Local, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    grok: Upstream, service: InProcessService, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Where even the failure cannot be told, the answer is cut off, and both mistakes are logged."""
     monkeypatch.setattr("chatproxy.formats.plain.encode_json", lambda _: int("x"))
     monkeypatch.setattr("chatproxy.formats.plain.encode_error", lambda *_: int("y"))
-    grok.play(stream("a"))
+    grok.set_scripts(stream("a"))
     with pytest.raises(httpx.RemoteProtocolError):
         await service.ask(include=["finish"])
     assert [record.name for record in caplog.records if record.exc_info] == [

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from tests.conftest import HI, Local, Service, refusal, serving
+from tests.conftest import HI, InProcessService, Service, refusal, serving
 from tests.readers import joined, standard
 from tests.upstream import HANG, Gate, Upstream, error, stream
 from tests.wire.test_resume import code, forgotten, rest
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture(scope="module")
-async def service(grok: Upstream) -> AsyncIterator[Local]:
+async def service(grok: Upstream) -> AsyncIterator[InProcessService]:
     async with serving(grok.url, replay_ttl=0.3, resume_window=0.3, grok_retries=0) as service:
         yield service
 
@@ -31,10 +31,10 @@ async def ask(
     return await service.client.post("/api/chat", content=BODY.replace(b"Hi", content.encode()), headers=headers)
 
 
-async def test_attached(grok: Upstream, service: Local) -> None:
+async def test_attached(grok: Upstream, service: InProcessService) -> None:
     """The same POST gets the same address, or the same stream from its start, whether it runs or is complete."""
     gate = Gate()
-    grok.play(stream("a", gate, "b"))
+    grok.set_scripts(stream("a", gate, "b"))
     first = await ask(service, "attached")
     assert first.status_code == 201
     again = await ask(service, "attached")
@@ -51,10 +51,10 @@ async def test_attached(grok: Upstream, service: Local) -> None:
     assert len(grok.calls) == 1
 
 
-async def test_at_the_same_time(grok: Upstream, service: Local) -> None:
+async def test_at_the_same_time(grok: Upstream, service: InProcessService) -> None:
     """Ten POSTs at once, sent before Grok has said anything, are one."""
     gate = Gate()
-    grok.play([gate, *stream("a")])
+    grok.set_scripts([gate, *stream("a")])
     async with asyncio.TaskGroup() as group:
         asked = [group.create_task(ask(service, "at once")) for _ in range(10)]
         await gate.reached.wait()
@@ -64,9 +64,9 @@ async def test_at_the_same_time(grok: Upstream, service: Local) -> None:
     assert len(grok.calls) == 1
 
 
-async def test_another_body(grok: Upstream, service: Local) -> None:
+async def test_another_body(grok: Upstream, service: InProcessService) -> None:
     """A key that was used with another body is refused, and the first answer is unharmed."""
-    grok.play(stream("a"))
+    grok.set_scripts(stream("a"))
     first = await ask(service, "body")
     other = await ask(service, "body", "Ho")
     assert (other.status_code, refusal(other)["code"], refusal(other)["param"]) == (
@@ -76,9 +76,9 @@ async def test_another_body(grok: Upstream, service: Local) -> None:
     assert len(grok.calls) == 1
 
 
-async def test_other_keys(grok: Upstream, service: Local) -> None:
+async def test_other_keys(grok: Upstream, service: InProcessService) -> None:
     """Another key, none, an empty one, or the same of somebody else, is another answer."""
-    grok.play(stream("a"))
+    grok.set_scripts(stream("a"))
     ids = {
         (await ask(service, key, **headers)).json()["id"]
         for key, headers in [
@@ -89,18 +89,18 @@ async def test_other_keys(grok: Upstream, service: Local) -> None:
     assert len(ids) == len(grok.calls) == 6
 
 
-async def test_long_keys(grok: Upstream, service: Local) -> None:
+async def test_long_keys(grok: Upstream, service: InProcessService) -> None:
     """A key has a length that is bounded."""
-    grok.play(stream("a"))
+    grok.set_scripts(stream("a"))
     assert (await ask(service, "x" * 255)).status_code == 201
     response = await ask(service, "x" * 256)
     assert (response.status_code, refusal(response)["param"]) == (422, "Idempotency-Key")
     assert len(grok.calls) == 1
 
 
-async def test_as_long_as_the_stream(grok: Upstream, service: Local) -> None:
+async def test_as_long_as_the_stream(grok: Upstream, service: InProcessService) -> None:
     """A key lives as long as its stream, and is free after it."""
-    grok.play(stream("a"))
+    grok.set_scripts(stream("a"))
     first = await ask(service, "life")
     await forgotten(service, first.json()["url"])
     second = await ask(service, "life", "another body")
@@ -109,19 +109,19 @@ async def test_as_long_as_the_stream(grok: Upstream, service: Local) -> None:
     assert len(grok.calls) == 2
 
 
-async def test_freed_by_a_refusal(grok: Upstream, service: Local) -> None:
+async def test_freed_by_a_refusal(grok: Upstream, service: InProcessService) -> None:
     """A first try that failed before its status does not block the second, even with another body."""
-    grok.play(error(503, {"error": "x"}), error(401, {"error": "x"}), stream("a"))
+    grok.set_scripts(error(503, {"error": "x"}), error(401, {"error": "x"}), stream("a"))
     assert (await ask(service, "refused")).status_code == 503
     assert (await ask(service, "refused", "Ho")).status_code == 502
     assert (await ask(service, "refused")).status_code == 201
     assert len(grok.calls) == 3
 
 
-async def test_refused_together(grok: Upstream, service: Local) -> None:
+async def test_refused_together(grok: Upstream, service: InProcessService) -> None:
     """Who waits for the same answer is refused with it."""
     gate = Gate()
-    grok.play([gate, *error(401, {"error": "x"})])
+    grok.set_scripts([gate, *error(401, {"error": "x"})])
     async with asyncio.TaskGroup() as group:
         asked = [group.create_task(ask(service, "together")) for _ in range(3)]
         await gate.reached.wait()
@@ -148,10 +148,10 @@ async def test_kept_after_a_late_failure() -> None:
         assert len(grok.calls) == 1
 
 
-async def test_left_before_the_status_with_a_key(grok: Upstream, service: Local) -> None:
+async def test_left_before_the_status_with_a_key(grok: Upstream, service: InProcessService) -> None:
     """Who left before the status can come back with the key, for the window; then Grok is hung up and the key free."""
     gate = Gate()
-    grok.play([gate, *stream("a")], [HANG], stream("b"))
+    grok.set_scripts([gate, *stream("a")], [HANG], stream("b"))
 
     async def leave() -> None:
         async with service.caller() as caller:
@@ -173,9 +173,9 @@ async def test_left_before_the_status_with_a_key(grok: Upstream, service: Local)
     assert len(grok.calls) == 3
 
 
-async def test_key_alone_makes_it_resumable(grok: Upstream, service: Local) -> None:
+async def test_key_alone_makes_it_resumable(grok: Upstream, service: InProcessService) -> None:
     """A key is enough, whatever the body says: the answer can be read again, and is asked for once."""
-    grok.play(stream("a", "b"))
+    grok.set_scripts(stream("a", "b"))
     headers = {"Idempotency-Key": "alone"}
     first = await service.ask(headers=headers)
     again = await service.ask(headers=headers)

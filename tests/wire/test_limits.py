@@ -15,7 +15,7 @@ import pytest
 
 from chatproxy.config import load
 from chatproxy.server import listen
-from tests.conftest import HI, Service, Spawned, environment, failure, refusal, serving, spawned
+from tests.conftest import HI, Service, SubprocessService, environment, failure, refusal, serving, spawned
 from tests.readers import answer
 from tests.upstream import (
     CLOSE,
@@ -143,16 +143,16 @@ async def test_places_are_freed(resumable: bool) -> None:
     changes = {"max_streams": 1, "idle_timeout": 0.1, "first_token_timeout": 0.1, "grok_retries": 0}
     async with Upstream() as grok, serving(grok.url, **changes) as service:
         for steps in ENDS.values():
-            grok.play(steps)
+            grok.set_scripts(steps)
             await service.ask(resumable=resumable)
             assert len(grok.calls) == 1
         for waiting in ("no headers", "headers"):
-            grok.play([HANG] if waiting == "no headers" else sse(HANG))
+            grok.set_scripts([HANG] if waiting == "no headers" else sse(HANG))
             async with service.caller() as caller:
                 await caller.post({"messages": HI, "resumable": resumable})
                 await grok.call()
             await grok.until(lambda: grok.playing == 0)
-        grok.play()
+        grok.set_scripts()
         assert (await service.ask(resumable=resumable)).status_code == 200
 
 
@@ -174,7 +174,7 @@ async def test_place_is_free_at_the_end_marker(resumable: bool) -> None:
 
 
 @asynccontextmanager
-async def within(service: Spawned, megabytes: int) -> AsyncIterator[None]:
+async def within(service: SubprocessService, megabytes: int) -> AsyncIterator[None]:
     """The most memory that the service has resident inside of it is so little above what it had before."""
     process = Path(f"/proc/{service.pid}")
 
@@ -190,10 +190,10 @@ async def within(service: Spawned, megabytes: int) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def warm(grok: Upstream, **changes: Any) -> AsyncIterator[Spawned]:
+async def warm(grok: Upstream, **changes: Any) -> AsyncIterator[SubprocessService]:
     """A service of its own that has answered before."""
     async with spawned(grok.url, **changes) as service:
-        grok.play(stream("a"))
+        grok.set_scripts(stream("a"))
         for _ in range(10):
             assert answer((await service.ask()).content) == "a"
         yield service
@@ -225,7 +225,7 @@ FLOODS: dict[str, tuple[Callable[[], Iterator[Step]], str]] = {
 async def test_flood_of_grok(flood: Callable[[], Iterator[Step]], code: str) -> None:
     """Grok is hung up on after a megabyte of what will be no frame, before the first chunk or after it."""
     async with Upstream() as grok, warm(grok, grok_retries=0) as service, within(service, 20):
-        grok.play(lambda _: chain([STREAM_HEAD], flood()))
+        grok.set_scripts(lambda _: chain([STREAM_HEAD], flood()))
         response = await service.ask()
         assert (response.status_code, refusal(response)["code"]) == (502, code)
         grok.scripts = [lambda _: chain([STREAM_HEAD, piece(FIRST)], flood())]
@@ -243,7 +243,7 @@ async def test_flood_of_comments() -> None:
     """200 MB of comments are no fault and cost nothing."""
     comments = b": " + b"ping " * 39 + b"\n\n"  # a million of them
     async with Upstream() as grok, warm(grok) as service, within(service, 20):
-        grok.play(lambda _: chain([STREAM_HEAD, piece(FIRST)], blocks(comments), END))
+        grok.set_scripts(lambda _: chain([STREAM_HEAD, piece(FIRST)], blocks(comments), END))
         async with asyncio.timeout(30):
             assert answer((await service.ask()).content) == "a"
         assert grok.calls[0].sent > SIZE * 0.9
@@ -254,7 +254,7 @@ async def test_flood_of_an_error() -> None:
     """Of an error body without end only the beginning is read."""
     async with Upstream() as grok, warm(grok, grok_retries=0) as service, within(service, 20):
         kind = {"Content-Type": "text/html", "Content-Length": str(SIZE)}
-        grok.play(lambda _: chain([head(500, kind)], repeat(b"x" * BLOCK, SIZE // BLOCK)))
+        grok.set_scripts(lambda _: chain([head(500, kind)], repeat(b"x" * BLOCK, SIZE // BLOCK)))
         assert (await service.ask()).status_code == 502
         await grok.calls[0].hung_up()
         assert grok.calls[0].sent < SIZE / 10
@@ -271,7 +271,7 @@ async def test_flood_to_a_stuck_reader(shape: str) -> None:
         service = await stack.enter_async_context(warm(grok))
         await stack.enter_async_context(within(service, 20))
         caller = await stack.enter_async_context(service.caller(receive_buffer=4096))
-        grok.play(lambda _: chain([STREAM_HEAD], repeat(text, SIZE // len(text))))
+        grok.set_scripts(lambda _: chain([STREAM_HEAD], repeat(text, SIZE // len(text))))
         await caller.post({"messages": HI})
         call = await grok.call()
         await stalled(call)
@@ -286,7 +286,7 @@ async def test_flood_to_a_stuck_reader_of_a_resumable_answer() -> None:
         service = await stack.enter_async_context(warm(grok, replay_bytes=1_000_000))
         await stack.enter_async_context(within(service, 20))
         caller = await stack.enter_async_context(service.caller(receive_buffer=4096))
-        grok.play(lambda _: chain([STREAM_HEAD], repeat(TEXT, 20_000), END))
+        grok.set_scripts(lambda _: chain([STREAM_HEAD], repeat(TEXT, 20_000), END))
         await caller.post({"messages": HI, "resumable": True})
         call = await grok.call()
         async with asyncio.timeout(30):
@@ -329,7 +329,7 @@ async def test_stuck_reader_and_its_place(resumable: bool) -> None:
         left_at = await grok.calls[0].hung_up(within=WRITE_TIMEOUT + 4)
         assert left_at - began > WRITE_TIMEOUT * 0.9
         assert connections(service) == 0
-        grok.play(stream("ok"))
+        grok.set_scripts(stream("ok"))
         assert answer((await service.ask()).content) == "ok"
         with pytest.raises(ConnectionError):  # after what was on its way, and no tidy end
             await caller.rest()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import HI, KEY, Spawned, serving, spawned
+from tests.conftest import HI, KEY, SubprocessService, serving, spawned
 from tests.upstream import CLOSE, HANG, Gate, Script, Upstream, chunk, error, frame, sse, stream
 
 pytestmark = pytest.mark.anyio
@@ -38,7 +38,7 @@ FORMATS: dict[str, Callable[[str], Line]] = {"json": parsed_json, "text": parsed
 class Log:
     """What the service writes, line by line."""
 
-    def __init__(self, service: Spawned, parse: Callable[[str], Line]) -> None:
+    def __init__(self, service: SubprocessService, parse: Callable[[str], Line]) -> None:
         self._service = service
         self._parse = parse
 
@@ -66,7 +66,7 @@ class Log:
 
 
 @asynccontextmanager
-async def logging(grok: Upstream, log_format: str, **changes: Any) -> AsyncIterator[tuple[Spawned, Log]]:
+async def logging(grok: Upstream, log_format: str, **changes: Any) -> AsyncIterator[tuple[SubprocessService, Log]]:
     async with spawned(grok.url, log_format=log_format, grok_retries=0, **changes) as service:
         yield service, Log(service, FORMATS[log_format])
 
@@ -93,19 +93,19 @@ async def test_lines_of_chats(log_format: str) -> None:
         assert 0 < line.pop("first_token_ms") < 60_000
         assert line == {**CHAT, "status": 200, "end": "done", "model": "grok-4.3", "deltas": 2, **USAGE}
 
-        grok.play(stream("a", CLOSE))
+        grok.set_scripts(stream("a", CLOSE))
         await service.ask(headers={"X-Request-ID": "failed"})
         line = await log.of("failed")
         assert 0 < line.pop("first_token_ms") < 60_000
         cut_off = {"end": "failed", "code": "upstream_cut_off", "model": "grok-4.3", "deltas": 1}
         assert line == {**CHAT, "status": 200, **cut_off}
 
-        grok.play(error(400, {"error": "Model not found"}))
+        grok.set_scripts(error(400, {"error": "Model not found"}))
         await service.ask(headers={"X-Request-ID": "rejected"})
         rejected = {"end": "failed", "code": "upstream_rejected", "deltas": 0}
         assert await log.of("rejected") == {**CHAT, "status": 502, **rejected}
 
-        grok.play(stream("a", "b", HANG))
+        grok.set_scripts(stream("a", "b", HANG))
         async with service.asking(headers={"X-Request-ID": "left"}) as live:
             await live.event()
             await live.event()
@@ -113,7 +113,7 @@ async def test_lines_of_chats(log_format: str) -> None:
         assert 0 < line.pop("first_token_ms") < 60_000
         assert line == {**CHAT, "status": 200, "end": "left", "model": "grok-4.3", "deltas": 2}
 
-        grok.play([HANG])
+        grok.set_scripts([HANG])
         async with service.caller() as caller:
             await caller.post({"messages": HI}, X_Request_ID="early")
             await grok.call()
@@ -167,7 +167,7 @@ async def test_lines_of_resumable_answers(log_format: str) -> None:
         assert line == {"end": "done", "model": "grok-4.3", "deltas": 2, **USAGE}
 
         ended = len(log.lines("stream ended"))
-        grok.play(error(400, {"error": "Model not found"}))
+        grok.set_scripts(error(400, {"error": "Model not found"}))
         await service.ask(resumable=True, headers={"X-Request-ID": "refused"})
         rejected = {"end": "failed", "code": "upstream_rejected"}
         assert await log.of("refused") == {**CHAT, "status": 502, **rejected}
@@ -215,7 +215,7 @@ async def complaints(grok: Upstream, *scripts: Script) -> list[str]:
     """What is logged of these answers of Grok's."""
     async with logging(grok, "json") as (service, log):
         for number, script in enumerate(scripts):
-            grok.play(script)
+            grok.set_scripts(script)
             await service.ask("hello", headers={"X-Request-ID": str(number)})
             await log.of(str(number))
         lines = [json.loads(line) for line in service.stderr.splitlines()]
@@ -253,9 +253,9 @@ async def test_words_of_grok(log_format: str, level: str) -> None:
     ):
         for body in bodies:
             for status in (400, 403, 429, 500):
-                grok.play(error(status, body))
+                grok.set_scripts(error(status, body))
                 await service.ask("my pin is 123 and 9")
-            grok.play(stream("a", frame(body)))
+            grok.set_scripts(stream("a", frame(body)))
             await service.ask()
         service.process.terminate()
         await service.exit_code()
@@ -288,7 +288,7 @@ async def test_endless_words_of_grok(grok: Upstream) -> None:
     loop = asyncio.get_running_loop()
     async with serving(grok.url, grok_retries=0) as service:
         for body in bodies:
-            grok.play(error(500, body))
+            grok.set_scripts(error(500, body))
             began = loop.time()
             assert (await service.ask()).status_code == 502
             assert loop.time() - began < 0.5

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, Caller, Spawned, spawned
+from tests.conftest import ROOT, Caller, SubprocessService, spawned
 from tests.upstream import CLOSE, HANG, Script, Upstream, error, stream
 
 pytestmark = pytest.mark.anyio
@@ -18,7 +18,7 @@ CONVERSATION = {"messages": [{"role": "user", "content": "a" * 950_000 + "\N{GRI
 SIZE_MB = 0.95 * TOGETHER
 
 
-def resident(service: Spawned) -> float:
+def resident(service: SubprocessService) -> float:
     """Resident memory in MB."""
     pages = int(Path(f"/proc/{service.pid}/statm").read_text().split()[1])
     return pages * 4096 / 1e6
@@ -70,7 +70,7 @@ async def test_conversations_are_let_go(end: str, resumable: bool, no_collector:
 
         kept = []
         for _ in range(6):
-            grok.play(script)
+            grok.set_scripts(script)
             async with asyncio.TaskGroup() as group:
                 for _ in range(TOGETHER):
                     group.create_task(chat())
@@ -101,7 +101,7 @@ async def test_flood_of_long_conversations() -> None:
                 arrived.clear()
         assert set(statuses) == {503}
         assert resident(service) < 256
-        grok.play(stream("a"))
+        grok.set_scripts(stream("a"))
         assert (await service.ask()).status_code == 200
         for task in flood:
             task.cancel()

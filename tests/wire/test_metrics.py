@@ -155,7 +155,7 @@ async def test_in_flight() -> None:
 async def test_partly_read(grok: Upstream) -> None:
     """What somebody has read of an answer is not counted as unread, and the rest is, whoever read most."""
     gate = Gate()
-    grok.play(stream("a", "b", gate, "c", "d", "e", reasoning=["hm"]))
+    grok.set_scripts(stream("a", "b", gate, "c", "d", "e", reasoning=["hm"]))
     async with serving(grok.url, replay_ttl=0.2) as service:
         url = await address(service)
         for count in (2, 1):

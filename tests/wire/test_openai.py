@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from chatproxy import errors
-from tests.conftest import HI, Local, refusal, serving
+from tests.conftest import HI, InProcessService, refusal, serving
 from tests.readers import DONE, standard
 from tests.upstream import CLOSE, HANG, Call, Gate, Step, Steps, Upstream, frame, stream
 from tests.wire.test_errors import REFUSALS
@@ -26,12 +26,12 @@ WAITS = {"busy", "draining", "rate_limited", "upstream_rate_limited", "upstream_
 
 
 @pytest.fixture(scope="module")
-async def service(grok: Upstream) -> AsyncIterator[Local]:
+async def service(grok: Upstream) -> AsyncIterator[InProcessService]:
     async with serving(grok.url, max_body_bytes=60_000, max_messages=5, allowed_origins=ORIGIN) as service:
         yield service
 
 
-async def ask(service: Local, *messages: object, **fields: Any) -> httpx.Response:
+async def ask(service: InProcessService, *messages: object, **fields: Any) -> httpx.Response:
     """What the SDKs post: they accept JSON for streams, too, and send a key even where none is wanted."""
     headers = {"Accept": "application/json", "Authorization": "Bearer any", **fields.pop("headers", {})}
     body = {"model": "grok-4.3", "messages": messages or HI, **fields}
@@ -55,9 +55,9 @@ def content(chunks: list[Any], field: str = "content") -> str:
 # The stream.
 
 
-async def test_stream_as_openai(grok: Upstream, service: Local) -> None:
+async def test_stream_as_openai(grok: Upstream, service: InProcessService) -> None:
     """A stream as the SDKs read it: exactly these bytes, and the headers of every stream."""
-    grok.play(stream("Hel", "lo\r\n", reasoning=["hm"]))
+    grok.set_scripts(stream("Hel", "lo\r\n", reasoning=["hm"]))
     response = await ask(service, stream=True, stream_options={"include_usage": True})
     pattern = r'data: (\{"id":"chatcmpl-[A-Za-z0-9_-]{22}","object":"chat.completion.chunk","created":(\d+))'
     found = re.match(pattern, response.text)
@@ -85,9 +85,9 @@ async def test_stream_as_openai(grok: Upstream, service: Local) -> None:
     assert "usage" not in again.text
 
 
-async def test_content_is_verbatim(grok: Upstream, service: Local) -> None:
+async def test_content_is_verbatim(grok: Upstream, service: InProcessService) -> None:
     """Streamed or whole, not a character is changed."""
-    grok.play(stream(*NASTY, reasoning=["\r", "\nhm"]))
+    grok.set_scripts(stream(*NASTY, reasoning=["\r", "\nhm"]))
     streamed = chunks(await ask(service, stream=True))
     assert [content([chunk]) for chunk in streamed if content([chunk])] == NASTY
     assert content(streamed, "reasoning_content") == "\r\nhm"
@@ -111,10 +111,10 @@ async def test_silence_as_empty_chunks() -> None:
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-async def test_program_that_stops(grok: Upstream, service: Local, streamed: bool) -> None:
+async def test_program_that_stops(grok: Upstream, service: InProcessService, streamed: bool) -> None:
     """Who leaves, hangs up Grok at once."""
     gate = Gate()
-    grok.play(stream("a", gate, HANG))
+    grok.set_scripts(stream("a", gate, HANG))
     async with service.caller() as caller:
         await caller.post({"messages": HI, "stream": streamed}, path=PATH)
         await asyncio.wait_for(gate.reached.wait(), 10)
@@ -122,9 +122,9 @@ async def test_program_that_stops(grok: Upstream, service: Local, streamed: bool
     await grok.calls[0].hung_up(within=1)
 
 
-async def test_not_resumable_for_openai(grok: Upstream, service: Local) -> None:
+async def test_not_resumable_for_openai(grok: Upstream, service: InProcessService) -> None:
     """Nothing is kept here: what would make an answer resumable elsewhere means nothing."""
-    grok.play(stream("a"))
+    grok.set_scripts(stream("a"))
     key = {"Idempotency-Key": "k"}
     for _ in range(2):
         response = await ask(service, stream=True, resumable=True, headers={**key, "Last-Event-ID": "canary"})
@@ -133,9 +133,9 @@ async def test_not_resumable_for_openai(grok: Upstream, service: Local) -> None:
     assert len(grok.calls) == 2
 
 
-async def test_answers_of_other_formats(grok: Upstream, service: Local) -> None:
+async def test_answers_of_other_formats(grok: Upstream, service: InProcessService) -> None:
     """Who has seen an event of an answer in another format is told where it is, and pays no second one."""
-    grok.play(stream("a"))
+    grok.set_scripts(stream("a"))
     native = await service.ask(resumable=True)
     event = standard(native.content)[0]
     response = await ask(service, stream=True, headers={"Last-Event-ID": event.id})
@@ -148,9 +148,9 @@ async def test_answers_of_other_formats(grok: Upstream, service: Local) -> None:
 # One JSON.
 
 
-async def test_whole_answer(grok: Upstream, service: Local) -> None:
+async def test_whole_answer(grok: Upstream, service: InProcessService) -> None:
     """Without `stream` the answer is one JSON; Grok is asked for a stream all the same."""
-    grok.play(stream("Hel", "lo", finish="length"))
+    grok.set_scripts(stream("Hel", "lo", finish="length"))
     response = await ask(service)
     answer = response.json()
     assert re.fullmatch("chatcmpl-[A-Za-z0-9_-]{22}", answer.pop("id"))
@@ -183,10 +183,10 @@ async def test_whole_answer(grok: Upstream, service: Local) -> None:
     ]
 
 
-async def test_status_waits_for_the_end(grok: Upstream, service: Local) -> None:
+async def test_status_waits_for_the_end(grok: Upstream, service: InProcessService) -> None:
     """What fails before the hold is over has a true status, though there was text."""
     for script, kind in FAILURES:
-        grok.play(script)
+        grok.set_scripts(script)
         response = await ask(service)
         assert (response.status_code, refusal(response)["code"]) == (kind.status, kind.code)
         assert response.headers["X-Should-Retry"] == "false"
@@ -261,9 +261,9 @@ async def test_whole_answer_is_bounded(hold: float, caplog: pytest.LogCaptureFix
 # The request.
 
 
-async def test_messages_as_asked(grok: Upstream, service: Local) -> None:
+async def test_messages_as_asked(grok: Upstream, service: InProcessService) -> None:
     """Grok gets the texts of the messages that have some, under the roles that it knows, and nothing else."""
-    grok.play(stream("ok"))
+    grok.set_scripts(stream("ok"))
     image = {"type": "image_url", "image_url": {"url": "data:,canary"}}
     response = await ask(
         service,
@@ -321,9 +321,9 @@ IGNORED: dict[str, Any] = {
 }
 
 
-async def test_cache_key_as_session(grok: Upstream, service: Local) -> None:
+async def test_cache_key_as_session(grok: Upstream, service: InProcessService) -> None:
     """`prompt_cache_key` is what `sessionId` is elsewhere."""
-    grok.play(stream("ok"))
+    grok.set_scripts(stream("ok"))
     await ask(service, prompt_cache_key="a")
     await service.ask(sessionId="a")
     await ask(service)
@@ -379,10 +379,10 @@ BAD: dict[str, tuple[object, str | None]] = {
 @pytest.mark.parametrize(("fields", "param"), BAD.values(), ids=BAD.keys())
 @pytest.mark.parametrize("streamed", [True, False])
 async def test_bad_completions(
-    grok: Upstream, service: Local, fields: dict[str, object], param: str, streamed: bool
+    grok: Upstream, service: InProcessService, fields: dict[str, object], param: str, streamed: bool
 ) -> None:
     """What asks for another answer than there is, is a 400 that names the field; Grok is not asked, nor we again."""
-    grok.play()
+    grok.set_scripts()
     body = {**({} if "messages" in fields or not fields else {"messages": HI}), "stream": streamed, **fields}
     response = await service.client.post(PATH, json=body)
     problem = refusal(response)
@@ -406,9 +406,9 @@ async def test_bad_completions(
         ),
     ],
 )
-async def test_bad_bodies(grok: Upstream, service: Local, body: bytes, status: int, code: str) -> None:
+async def test_bad_bodies(grok: Upstream, service: InProcessService, body: bytes, status: int, code: str) -> None:
     """Malformed and oversized bodies are refused here as elsewhere."""
-    grok.play()
+    grok.set_scripts()
     response = await service.client.post(PATH, content=body, headers={"Content-Type": "application/json"})
     assert (response.status_code, refusal(response)["code"]) == (status, code)
     assert response.headers["X-Should-Retry"] == "false"
@@ -417,9 +417,9 @@ async def test_bad_bodies(grok: Upstream, service: Local, body: bytes, status: i
 
 
 @pytest.mark.parametrize("model", ["gpt-4o", "", "Grok-4.3"])
-async def test_other_models(grok: Upstream, service: Local, model: str) -> None:
+async def test_other_models(grok: Upstream, service: InProcessService, model: str) -> None:
     """Another model is not silently replaced."""
-    grok.play()
+    grok.set_scripts()
     response = await ask(service, model=model)
     problem = refusal(response)
     assert (response.status_code, problem["code"], problem["param"]) == (404, "model_not_found", "model")
@@ -433,10 +433,10 @@ async def test_other_models(grok: Upstream, service: Local, model: str) -> None:
 
 @pytest.mark.parametrize(("script", "kind"), FAILURES)
 async def test_failure_in_the_stream(
-    grok: Upstream, service: Local, script: list[Step], kind: type[errors.ChatError]
+    grok: Upstream, service: InProcessService, script: list[Step], kind: type[errors.ChatError]
 ) -> None:
     """After the status the error stands in a chunk's place; no `[DONE]` follows, without which SDKs see no error."""
-    grok.play(script)
+    grok.set_scripts(script)
     response = await ask(service, stream=True)
     *_, end = chunks(response)
     assert end == {
@@ -502,7 +502,7 @@ async def test_own_refusals_for_sdks(
     grok: Upstream, settings: dict[str, Any], request_: dict[str, Any], status: int, code: str
 ) -> None:
     """What the service itself refuses has the status that everybody gets, and says whether to ask again."""
-    grok.play(stream("a", HANG))
+    grok.set_scripts(stream("a", HANG))
     settings = {**settings, "max_body_bytes": 50} if code == "body_too_large" else settings
     path = request_["url"].replace("/api/chat", PATH)
     async with serving(grok.url, **settings) as service, service.caller() as caller:
@@ -520,7 +520,7 @@ async def test_own_refusals_for_sdks(
 
 async def test_long_wait_for_sdks(grok: Upstream) -> None:
     """A wait of more than a minute is one that the SDKs do not keep: they are told not to ask again."""
-    grok.play(stream("a"))
+    grok.set_scripts(stream("a"))
     async with serving(grok.url, rate_limit="1/hour") as service:
         assert (await ask(service)).headers["RateLimit"].startswith('"chats";r=0')
         response = await ask(service)
@@ -529,7 +529,7 @@ async def test_long_wait_for_sdks(grok: Upstream) -> None:
 
 
 async def test_internal_error_for_sdks(
-    service: Local, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    service: InProcessService, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A mistake of ours is a 500 that says not to ask again."""
 
@@ -546,7 +546,7 @@ async def test_internal_error_for_sdks(
 # Pages of other origins.
 
 
-async def test_preflight_of_sdks(service: Local) -> None:
+async def test_preflight_of_sdks(service: InProcessService) -> None:
     """The SDKs' own headers are allowed, those of versions to come, too, and a page can read what it must obey."""
     asked = "authorization, content-type, x-stainless-lang, x-stainless-new-one, openai-project, user-agent, x-evil"
     headers = {
@@ -567,7 +567,7 @@ async def test_preflight_of_sdks(service: Local) -> None:
 
 async def test_models(grok: Upstream) -> None:
     """There is one model. Asking for it is no chat, and asks Grok nothing."""
-    grok.play()
+    grok.set_scripts()
     async with serving(grok.url, grok_model="grok-x", rate_limit="1/hour") as service:
         entry = {"id": "grok-x", "object": "model", "created": 0, "owned_by": "xai"}
         for _ in range(3):
@@ -594,9 +594,9 @@ async def test_models_want_the_token(grok: Upstream) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1", "/v1/", "/v1/responses", "/v1/completions", "/v1/embeddings", PATH + "/"])
-async def test_nothing_else_of_openai(grok: Upstream, service: Local, path: str) -> None:
+async def test_nothing_else_of_openai(grok: Upstream, service: InProcessService, path: str) -> None:
     """What else OpenAI has is a 404 in the one form that errors have."""
-    grok.play()
+    grok.set_scripts()
     response = await service.client.post(path, json={"messages": HI})
     assert (response.status_code, refusal(response)["code"]) == (404, "not_found")
     assert grok.calls == []

@@ -12,13 +12,13 @@ import pytest
 from chatproxy import errors
 from chatproxy.app import create_app
 from chatproxy.config import load
-from tests.conftest import KEY, Local, serving
+from tests.conftest import KEY, InProcessService, serving
 from tests.upstream import Upstream, stream
 
 pytestmark = pytest.mark.anyio
 
 
-async def description(service: Local) -> Any:
+async def description(service: InProcessService) -> Any:
     response = await service.client.get("/openapi.json")
     assert (response.status_code, response.headers["Content-Type"]) == (200, "application/json")
     return response.json()
@@ -40,7 +40,7 @@ async def test_valid_and_whole(try_page: bool) -> None:
     assert (("GET", "/") in operations) == try_page
 
 
-async def test_every_error_is_described(service: Local) -> None:
+async def test_every_error_is_described(service: InProcessService) -> None:
     """Every error class is in it, with status, code and sentence: each where it can happen."""
     described = await description(service)
     chat = described["paths"]["/api/chat"]["post"]["responses"]
@@ -68,7 +68,7 @@ def leaves(kind: type[errors.ChatError]) -> list[type[errors.ChatError]]:
     return [leaf for child in kind.__subclasses__() for leaf in leaves(child)] or [kind]
 
 
-async def test_shapes(service: Local) -> None:
+async def test_shapes(service: InProcessService) -> None:
     """The schemas are those that requests are decoded with; headers and ways to authenticate are named."""
     described = await description(service)
     schemas = described["components"]["schemas"]

@@ -15,7 +15,7 @@ import pytest
 from _pytest.mark import ParameterSet
 
 from chatproxy.sse import Decoder
-from tests.conftest import Local, from_recordings
+from tests.conftest import InProcessService, from_recordings
 from tests.readers import DONE, READERS, Event, standard
 from tests.upstream import Upstream, sse
 
@@ -88,10 +88,12 @@ def at_random(recording: Recording) -> list[bytes]:
 
 @pytest.mark.parametrize("cut", [as_recorded, byte_by_byte, at_random])
 @pytest.mark.parametrize("path", from_recordings(recordings))
-async def test_recording(grok: Upstream, service: Local, path: Path, cut: Callable[[Recording], list[bytes]]) -> None:
+async def test_recording(
+    grok: Upstream, service: InProcessService, path: Path, cut: Callable[[Recording], list[bytes]]
+) -> None:
     """One event for each delta, its text unchanged, then the finish, then the one true end."""
     recording = load(path)
-    grok.play(sse(*cut(recording)))
+    grok.set_scripts(sse(*cut(recording)))
     response = await service.ask(include=["reasoning", "finish"])
     assert response.status_code == 200
     for reader in READERS:
@@ -103,10 +105,10 @@ async def test_recording(grok: Upstream, service: Local, path: Path, cut: Callab
 
 
 @pytest.mark.parametrize("path", from_recordings(recordings))
-async def test_text_alone(grok: Upstream, service: Local, path: Path) -> None:
+async def test_text_alone(grok: Upstream, service: InProcessService, path: Path) -> None:
     """To who asks for nothing else a recording is nothing but its text, and its end."""
     recording = load(path)
-    grok.play(sse(*as_recorded(recording)))
+    grok.set_scripts(sse(*as_recorded(recording)))
     response = await service.ask()
     for reader in READERS:
         *events, end = reader(response.content)

@@ -12,7 +12,7 @@ import pytest
 import trustme
 
 from chatproxy.config.timing import Timing
-from tests.conftest import PATIENCE, Local, free_port, refusal, serving
+from tests.conftest import TIMEOUT, InProcessService, free_port, refusal, serving
 from tests.readers import DONE, joined, standard
 from tests.redis_servers import RedisServer, engines, needs_redis
 from tests.replicas.fleets import BRISK, JSON, becomes, fleet, follow, number_of, start, until
@@ -30,16 +30,16 @@ async def redis(request: pytest.FixtureRequest) -> AsyncIterator[RedisServer]:
         yield redis
 
 
-async def refused(service: Local, **fields: Any) -> None:
+async def refused(service: InProcessService, **fields: Any) -> None:
     """A new resumable answer is refused for now."""
     response = await service.ask(**fields)
     assert (response.status_code, refusal(response)["code"]) == (503, "store_unavailable")
     assert response.headers["Retry-After"] == "5"
 
 
-async def accepted(service: Local) -> str:
+async def accepted(service: InProcessService) -> str:
     """Wait until resumable answers are taken again, and give the address of one."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while (response := await service.ask(headers=JSON)).status_code == 503:
             pass
     url: str = response.json()["url"]
@@ -48,14 +48,14 @@ async def accepted(service: Local) -> str:
 
 async def logged(caplog: pytest.LogCaptureFixture, text: str) -> None:
     """Wait until this is in the log."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while text not in caplog.text:  # noqa: ASYNC110 -- nobody tells when it is so
             await asyncio.sleep(0.02)
 
 
 async def test_away_at_start(grok: Upstream) -> None:
     """The service starts without its Redis, is not ready until that has come, and then becomes so by itself."""
-    grok.play(stream("a"))
+    grok.set_scripts(stream("a"))
     redis = RedisServer()
     async with serving(grok.url, BRISK, redis_url=redis.url) as service:
         response = await service.client.get("/readyz")
@@ -79,8 +79,8 @@ async def test_away_at_start(grok: Upstream) -> None:
 async def test_away_later(grok: Upstream, redis: RedisServer, empty: bool) -> None:
     """An outage ends no answer: readers at the owner notice nothing, those elsewhere get the rest afterwards."""
     gates = [Gate(), Gate(), Gate()]
-    grok.play(stream(*(step for number, gate in enumerate(gates) for step in (f"{number}", gate))))
-    patient = Timing(lease=1.2, sweep_interval=0.2, store_outage=PATIENCE)
+    grok.set_scripts(stream(*(step for number, gate in enumerate(gates) for step in (f"{number}", gate))))
+    patient = Timing(lease=1.2, sweep_interval=0.2, store_outage=TIMEOUT)
     async with fleet(grok, redis, 2, patient, redis_prefix="later:") as (owner, other):
         url = await start(owner, Idempotency_Key="k")
         async with follow(owner, url) as here, follow(other, url) as there:
@@ -112,7 +112,7 @@ async def test_away_later(grok: Upstream, redis: RedisServer, empty: bool) -> No
 async def test_away_for_long(grok: Upstream, redis: RedisServer) -> None:
     """Readers elsewhere are told when an outage lasts, and no event after that may follow; the owner's goes on."""
     gate = Gate()
-    grok.play(stream("a", gate))
+    grok.set_scripts(stream("a", gate))
     async with fleet(grok, redis) as (owner, other):
         url = await start(owner)
         async with follow(owner, url) as here, follow(other, url) as there:
@@ -130,7 +130,7 @@ async def test_away_for_long(grok: Upstream, redis: RedisServer) -> None:
 async def test_no_memory(grok: Upstream, redis: RedisServer) -> None:
     """When Redis takes nothing more, new resumable answers are refused, and running ones go on, here and there."""
     gate, second = Gate(), Gate()
-    grok.play(stream("a", gate, "b", second))
+    grok.set_scripts(stream("a", gate, "b", second))
     async with fleet(grok, redis) as (owner, other):
         url = await start(owner)
         async with follow(owner, url) as here, follow(other, url) as there:
@@ -149,7 +149,7 @@ async def test_no_memory(grok: Upstream, redis: RedisServer) -> None:
 
 async def test_slow(grok: Upstream, redis: RedisServer) -> None:
     """Nobody waits long for a Redis that takes its time."""
-    grok.play(stream("a"))
+    grok.set_scripts(stream("a"))
     async with fleet(grok, redis, 1) as (service,):
         redis.pause()
         try:
@@ -164,7 +164,7 @@ async def test_slow(grok: Upstream, redis: RedisServer) -> None:
 
 async def test_limits_without_redis(grok: Upstream, redis: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
     """Without Redis limits are closed; or, where the operator says so, they hold for each replica by itself."""
-    grok.play(stream("a"))
+    grok.set_scripts(stream("a"))
     limits = {"rate_limit": "3/hour", "max_streams_per_client": 2}
     async with (
         fleet(grok, redis, 1, BRISK, **limits) as (closed,),
@@ -203,7 +203,7 @@ async def test_wrong_password(grok: Upstream, caplog: pytest.LogCaptureFixture) 
 async def test_connections_are_lost(grok: Upstream, redis: RedisServer) -> None:
     """Connections that Redis closes, and scripts that it forgets, cost nobody anything but a moment."""
     gates = [Gate() for _ in range(8)]
-    grok.play(stream(*(step for number, gate in enumerate(gates) for step in (f"{number}", gate))))
+    grok.set_scripts(stream(*(step for number, gate in enumerate(gates) for step in (f"{number}", gate))))
     async with fleet(grok, redis) as (owner, other):
         url = await start(owner)
         async with follow(other, url) as there:
@@ -221,7 +221,7 @@ async def test_connections_are_lost(grok: Upstream, redis: RedisServer) -> None:
 async def test_two_connections(grok: Upstream, redis: RedisServer) -> None:
     """However many read, a replica has two connections to Redis."""
     gate = Gate()
-    grok.play(stream("a", gate))
+    grok.set_scripts(stream("a", gate))
     async with fleet(grok, redis) as (owner, other):
         urls = [await start(owner) for _ in range(10)]
         async with contextlib.AsyncExitStack() as stack:
@@ -239,7 +239,7 @@ async def test_two_connections(grok: Upstream, redis: RedisServer) -> None:
 )
 async def test_ids_that_are_none(grok: Upstream, redis: RedisServer, id: str) -> None:
     """Patterns, line breaks and the like find nothing, and reach no key's name."""
-    grok.play(stream("a"))
+    grok.set_scripts(stream("a"))
     async with fleet(grok, redis, 1, redis_prefix="bad:") as (service,):
         url = await start(service)
         response = await service.client.get(f"/api/chat/{id}/stream")
@@ -255,7 +255,7 @@ async def test_ids_that_are_none(grok: Upstream, redis: RedisServer, id: str) ->
 
 async def test_planted_keys(grok: Upstream, redis: RedisServer) -> None:
     """What somebody else has put there, or another version, is never read as an answer, and harms no other one."""
-    grok.play(stream("a"))
+    grok.set_scripts(stream("a"))
     id = "A" * 22
     url = f"/api/chat/{id}/stream"
     meta, events = f"p:{{{id}}}:meta", f"p:{{{id}}}:events"
@@ -294,7 +294,7 @@ async def test_planted_keys(grok: Upstream, redis: RedisServer) -> None:
 async def test_gone_while_read(grok: Upstream, redis: RedisServer) -> None:
     """An answer that vanishes from Redis while it is read elsewhere ends there in an error, and not at its owner."""
     gate = Gate()
-    grok.play(stream("a", gate, "b"))
+    grok.set_scripts(stream("a", gate, "b"))
     async with fleet(grok, redis, redis_prefix="gone:") as (owner, other):
         url = await start(owner)
         async with follow(owner, url) as here, follow(other, url) as there:

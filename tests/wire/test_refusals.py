@@ -12,7 +12,7 @@ import httpx
 import pytest
 from _pytest.mark import ParameterSet
 
-from tests.conftest import KEY, PATIENCE, Local, from_recordings, refusal, serving
+from tests.conftest import KEY, TIMEOUT, InProcessService, from_recordings, refusal, serving
 from tests.readers import answer
 from tests.upstream import (
     CLOSE,
@@ -43,7 +43,7 @@ TAIL = f" canary, team {TEAM}, key xai-canary"
 """What Grok's messages may hold and no caller may see."""
 
 
-def said(status: int, message: str, code: str | None = "invalid-argument", **headers: str) -> list[Step]:
+def xai_error(status: int, message: str, code: str | None = "invalid-argument", **headers: str) -> list[Step]:
     """An error as Grok words it, with a code or without."""
     body = {"error": message + TAIL} if code is None else {"code": code, "error": message + TAIL}
     return error(status, body, {name.replace("_", "-"): text for name, text in headers.items()})
@@ -79,49 +79,52 @@ OTHER_TYPE = {"Content-Type": "text/plain", "Connection": "close"}
 
 # What Grok does; our status, code and Retry-After.
 ANSWERS: dict[str, tuple[Script, Expected]] = {
-    "400 wrong key": (said(400, "Incorrect API key provided."), AUTH),
-    "400 wrong key, old": (said(400, "Incorrect API key provided: in***ey.", OLD_INVALID), AUTH),
-    "401": (said(401, "No authorization header or an invalid authorization token", None), AUTH),
+    "400 wrong key": (xai_error(400, "Incorrect API key provided."), AUTH),
+    "400 wrong key, old": (xai_error(400, "Incorrect API key provided: in***ey.", OLD_INVALID), AUTH),
+    "401": (xai_error(401, "No authorization header or an invalid authorization token", None), AUTH),
     "401 nested": (error(401, {"error": {"message": TAIL, "type": "auth", "code": 401}}), AUTH),
     "401 without a body": (error(401, b""), AUTH),
     "401 cut off in its body": ([head(401, {"Content-Length": "100"}) + b'{"error": ', CLOSE], AUTH),
-    "403 no credits": (said(403, "Your newly created team doesn't have any credits yet.", OLD_DENIED), AUTH),
-    "403 credits used up": (said(403, CREDITS, DENIED), AUTH),
-    "403 key rights": (said(403, "Access to the chat endpoint is denied.", DENIED), AUTH),
-    "403 blocked": (said(403, "This key is blocked.", DENIED), AUTH),
-    "429 credits used up": (said(429, CREDITS, EXHAUSTED, Retry_After="30"), AUTH),
+    "403 no credits": (xai_error(403, "Your newly created team doesn't have any credits yet.", OLD_DENIED), AUTH),
+    "403 credits used up": (xai_error(403, CREDITS, DENIED), AUTH),
+    "403 key rights": (xai_error(403, "Access to the chat endpoint is denied.", DENIED), AUTH),
+    "403 blocked": (xai_error(403, "This key is blocked.", DENIED), AUTH),
+    "429 credits used up": (xai_error(429, CREDITS, EXHAUSTED, Retry_After="30"), AUTH),
     "403 block page": (error(403, HTML), FAILED),
     "403 without a body": (error(403, ""), FAILED),
-    "403 moderation": (said(403, "Content violates usage guidelines.", DENIED), POLICY),
-    "403 moderation, old": (said(403, "Content violates usage guidelines. Failed check: SAFETY", OLD_DENIED), POLICY),
-    "400 too long": (said(400, "This model's maximum prompt length is 10 but the request contains 20"), TOO_LONG),
-    "400 too long, new": (said(400, "Current message (20 tokens) exceeds budget (10 tokens)"), TOO_LONG),
-    "400 unknown model": (said(400, "Model not found: canary"), REJECTED),
-    "404 retired model": (said(404, "The model canary was deprecated on 2025-09-15", "not-found"), REJECTED),
-    "410 gone": (said(410, "Live search is deprecated.", None), REJECTED),
-    "400 parameter": (said(400, "Model canary does not support parameter reasoningEffort."), REJECTED),
+    "403 moderation": (xai_error(403, "Content violates usage guidelines.", DENIED), POLICY),
+    "403 moderation, old": (
+        xai_error(403, "Content violates usage guidelines. Failed check: SAFETY", OLD_DENIED),
+        POLICY,
+    ),
+    "400 too long": (xai_error(400, "This model's maximum prompt length is 10 but the request contains 20"), TOO_LONG),
+    "400 too long, new": (xai_error(400, "Current message (20 tokens) exceeds budget (10 tokens)"), TOO_LONG),
+    "400 unknown model": (xai_error(400, "Model not found: canary"), REJECTED),
+    "404 retired model": (xai_error(404, "The model canary was deprecated on 2025-09-15", "not-found"), REJECTED),
+    "410 gone": (xai_error(410, "LiveStream search is deprecated.", None), REJECTED),
+    "400 parameter": (xai_error(400, "Model canary does not support parameter reasoningEffort."), REJECTED),
     "400 a bare string": (error(400, "canary"), REJECTED),
     "400 a JSON string": (error(400, b'"canary"'), REJECTED),
-    "422": (said(422, "Failed to deserialize the JSON body into the target type", None), REJECTED),
-    "422 about a key": (said(422, "Incorrect API key provided."), REJECTED),
-    "422 about a length": (said(422, "This model's maximum prompt length is 10"), REJECTED),
+    "422": (xai_error(422, "Failed to deserialize the JSON body into the target type", None), REJECTED),
+    "422 about a key": (xai_error(422, "Incorrect API key provided."), REJECTED),
+    "422 about a length": (xai_error(422, "This model's maximum prompt length is 10"), REJECTED),
     "400 a deep nest": (error(400, b'{"x": ' + b"[" * 10_000 + b"]" * 10_000 + b"}"), REJECTED),
     "405": (error(405, b""), REJECTED),
     "415": (error(415, b"canary"), REJECTED),
     "418": (error(418, HTML), REJECTED),
-    "429": (said(429, "Too many requests.", EXHAUSTED), limited(1)),
-    "429 with a time": (said(429, "Too many tokens.", EXHAUSTED, Retry_After="7"), limited(7)),
-    "429 with a long time": (said(429, "Too many tokens.", EXHAUSTED, Retry_After="9999"), limited(120)),
-    "429 with a date": (said(429, "", None, Retry_After="Wed, 21 Oct 2026 07:28:00 GMT"), limited(1)),
-    "429 with nonsense": (said(429, "", None, Retry_After="-\u00b2"), limited(1)),
+    "429": (xai_error(429, "Too many requests.", EXHAUSTED), limited(1)),
+    "429 with a time": (xai_error(429, "Too many tokens.", EXHAUSTED, Retry_After="7"), limited(7)),
+    "429 with a long time": (xai_error(429, "Too many tokens.", EXHAUSTED, Retry_After="9999"), limited(120)),
+    "429 with a date": (xai_error(429, "", None, Retry_After="Wed, 21 Oct 2026 07:28:00 GMT"), limited(1)),
+    "429 with nonsense": (xai_error(429, "", None, Retry_After="-\u00b2"), limited(1)),
     "429 nested": (error(429, {"error": {"message": TAIL, "type": "x", "code": "canary"}}), limited(1)),
     "429 HTML": (error(429, HTML), limited(1)),
-    "503 at capacity": (said(503, "The model is at capacity.", UNAVAILABLE), overloaded(1)),
-    "503 with a time": (said(503, "The model is at capacity.", UNAVAILABLE, Retry_After="9"), overloaded(9)),
+    "503 at capacity": (xai_error(503, "The model is at capacity.", UNAVAILABLE), overloaded(1)),
+    "503 with a time": (xai_error(503, "The model is at capacity.", UNAVAILABLE, Retry_After="9"), overloaded(9)),
     "503 HTML": (error(503, HTML), overloaded(1)),
     "503 as an event stream": ([head(503) + frame(chunk({"content": "canary"})), CLOSE], overloaded(1)),
     "529": (error(529, HTML, {"Retry-After": "60"}), overloaded(60)),
-    "500": (said(500, "", "internal"), FAILED),
+    "500": (xai_error(500, "", "internal"), FAILED),
     "502": (error(502, HTML), FAILED),
     "504": (error(504, HTML), FAILED),
     "524": (error(524, HTML, {"Retry-After": "60"}), FAILED),
@@ -147,13 +150,13 @@ ANSWERS: dict[str, tuple[Script, Expected]] = {
 
 
 @pytest.fixture(scope="module")
-async def service(grok: Upstream) -> AsyncIterator[Local]:
+async def service(grok: Upstream) -> AsyncIterator[InProcessService]:
     async with serving(grok.url, grok_retries=0) as service:
         yield service
 
 
 @pytest.fixture(scope="module", params=["chat", "responses"])
-async def either(grok: Upstream, request: pytest.FixtureRequest) -> AsyncIterator[Local]:
+async def either(grok: Upstream, request: pytest.FixtureRequest) -> AsyncIterator[InProcessService]:
     """A service for each of xAI's APIs."""
     async with serving(grok.url, grok_retries=0, grok_api=request.param) as service:
         yield service
@@ -168,12 +171,12 @@ IN_STREAM: dict[str, Expected] = {
 }
 
 
-def on(service: Local, name: str, expected: Expected) -> Expected:
+def on(service: InProcessService, name: str, expected: Expected) -> Expected:
     return IN_STREAM.get(name, expected) if service.settings.grok_api == "responses" else expected
 
 
 @asynccontextmanager
-async def unlimited(service: Local, grok: Upstream, expected: Expected) -> AsyncIterator[Local]:
+async def unlimited(service: InProcessService, grok: Upstream, expected: Expected) -> AsyncIterator[InProcessService]:
     """The service, but a fresh one where Grok will ask to be left alone for a while: that would last."""
     if expected[0] == 429:
         async with serving(grok.url, grok_retries=0, grok_api=service.settings.grok_api) as fresh:
@@ -183,11 +186,11 @@ async def unlimited(service: Local, grok: Upstream, expected: Expected) -> Async
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-async def test_answers(grok: Upstream, either: Local, name: str) -> None:
+async def test_answers(grok: Upstream, either: InProcessService, name: str) -> None:
     """Each answer of Grok's before the first chunk has its status and code here, and none of its words."""
     script, expected = ANSWERS[name]
     expected = on(either, name, expected)
-    grok.play(script)
+    grok.set_scripts(script)
     async with unlimited(either, grok, expected) as asked:
         assert told(await asked.ask()) == expected
         assert len(grok.calls) == 1
@@ -204,8 +207,8 @@ def told(response: httpx.Response) -> Expected:
 
 async def test_left_alone(grok: Upstream) -> None:
     """While Grok wants to be left alone, callers are told for how long, without a call; then it is asked again."""
-    grok.play(said(429, "Too many requests.", EXHAUSTED, Retry_After="2"), stream("ok"))
-    async with serving(grok.url, grok_retries=0) as service, asyncio.timeout(PATIENCE):
+    grok.set_scripts(xai_error(429, "Too many requests.", EXHAUSTED, Retry_After="2"), stream("ok"))
+    async with serving(grok.url, grok_retries=0) as service, asyncio.timeout(TIMEOUT):
         assert told(await service.ask()) == limited(2)
         assert told(await service.ask()) == limited(2)
         while (response := await service.ask()).status_code == 429:
@@ -217,14 +220,14 @@ async def test_left_alone(grok: Upstream) -> None:
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
-async def test_redirects(grok: Upstream, service: Local, status: int) -> None:
+async def test_redirects(grok: Upstream, service: InProcessService, status: int) -> None:
     """A redirect is an error: the conversation and the key go nowhere else."""
-    grok.play(error(status, HTML, {"Location": f"{grok.url}/elsewhere"}))
+    grok.set_scripts(error(status, HTML, {"Location": f"{grok.url}/elsewhere"}))
     assert told(await service.ask()) == FAILED
     assert (len(grok.calls), grok.strays) == (1, [])
 
 
-async def test_headers_stay(grok: Upstream, service: Local) -> None:
+async def test_headers_stay(grok: Upstream, service: InProcessService) -> None:
     """Grok's headers are not passed on, neither with an error nor with an answer."""
     headers = {
         "Access-Control-Allow-Origin": "*",
@@ -237,7 +240,7 @@ async def test_headers_stay(grok: Upstream, service: Local) -> None:
         "Strict-Transport-Security": "max-age=1",
     }
     ok: list[Step] = [head(200, {**EVENT_STREAM, **headers}), frame(chunk({"content": "a"})), DONE_FRAME, CLOSE]
-    grok.play(error(503, HTML, headers), ok)
+    grok.set_scripts(error(503, HTML, headers), ok)
     refused, answered = await service.ask(), await service.ask()
     assert (refused.status_code, answered.status_code) == (503, 200)
     for response in (refused, answered):
@@ -248,9 +251,9 @@ async def test_headers_stay(grok: Upstream, service: Local) -> None:
 
 
 @pytest.mark.parametrize("end", [CLOSE, RESET, b"canary\r\n\r\n"])
-async def test_no_http(grok: Upstream, service: Local, end: Step) -> None:
+async def test_no_http(grok: Upstream, service: InProcessService, end: Step) -> None:
     """A connection that breaks, or speaks no HTTP, before there is an answer is an upstream failure."""
-    grok.play([end, CLOSE])
+    grok.set_scripts([end, CLOSE])
     assert told(await service.ask()) == FAILED
 
 
@@ -289,26 +292,26 @@ async def test_no_tls() -> None:
     assert b"canary-prompt" not in heard
 
 
-async def test_error_body_without_end(grok: Upstream, service: Local) -> None:
+async def test_error_body_without_end(grok: Upstream, service: InProcessService) -> None:
     """An error is told even if its body never ends."""
     body: list[Step] = [head(503, {"Content-Type": "application/json", "Content-Length": "10"}), b'{"code', HANG]
-    grok.play(body)
+    grok.set_scripts(body)
     assert told(await service.ask()) == overloaded(1)
     await grok.calls[0].hung_up()
 
 
-async def test_large_error_body(grok: Upstream, service: Local) -> None:
+async def test_large_error_body(grok: Upstream, service: InProcessService) -> None:
     """Of a large error body only the beginning is read."""
     huge: list[Step] = [head(500, {"Content-Type": "text/html", "Connection": "close"}), *[b"x" * 65_536] * 1000, CLOSE]
-    grok.play(huge)
+    grok.set_scripts(huge)
     assert told(await service.ask()) == FAILED
     await grok.calls[0].hung_up()
     assert grok.calls[0].sent < 20_000_000
 
 
-async def test_operator_is_told(grok: Upstream, service: Local, caplog: pytest.LogCaptureFixture) -> None:
+async def test_operator_is_told(grok: Upstream, service: InProcessService, caplog: pytest.LogCaptureFixture) -> None:
     """Credentials that do not work are logged as an error that names the variable, without secrets."""
-    grok.play(said(400, "Incorrect API key provided."))
+    grok.set_scripts(xai_error(400, "Incorrect API key provided."))
     await service.ask("canary-prompt")
     errors = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
     assert [line for line in errors if "GROK_API_KEY" in line]
@@ -324,7 +327,7 @@ async def test_operator_is_told(grok: Upstream, service: Local, caplog: pytest.L
 async def test_failure_after_the_hold() -> None:
     """What fails once the hold is over is told in the stream."""
     gate = Gate()
-    script = [gate, *said(400, "Model not found: x")]
+    script = [gate, *xai_error(400, "Model not found: x")]
     changes = {"status_hold": 0.1, "grok_retries": 0}
     async with Upstream(script) as grok, serving(grok.url, **changes) as service, service.asking() as live:
         assert live.response.status_code == 200
@@ -335,11 +338,11 @@ async def test_failure_after_the_hold() -> None:
     assert "canary" not in live.raw.decode()
 
 
-async def test_failure_within_the_hold(grok: Upstream, service: Local) -> None:
+async def test_failure_within_the_hold(grok: Upstream, service: InProcessService) -> None:
     """What fails before the hold is over is told by the status, however long that took."""
     gate = Gate()
-    script = [gate, *said(400, "Model not found: x")]
-    grok.play(script)
+    script = [gate, *xai_error(400, "Model not found: x")]
+    grok.set_scripts(script)
     asked = asyncio.create_task(service.ask())
     await gate.reached.wait()
     await asyncio.wait([asked], timeout=0.2)
@@ -414,9 +417,9 @@ def message(body: Any) -> str:
 
 
 @pytest.mark.parametrize("given", from_recordings(recorded))
-async def test_recorded(grok: Upstream, either: Local, given: Recorded) -> None:
+async def test_recorded(grok: Upstream, either: InProcessService, given: Recorded) -> None:
     """Every error that Grok is known to give has the status and code of the table."""
-    grok.play(given.script)
+    grok.set_scripts(given.script)
     expected = on(either, given.name, RECORDED[given.name])
     async with unlimited(either, grok, expected) as asked:
         response = await asked.ask()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Spawned, serving, spawned
+from tests.conftest import SubprocessService, serving, spawned
 from tests.readers import DONE, joined, standard
 from tests.upstream import HANG, Gate, Upstream, error, stream
 from tests.wire.test_resume import address, code, forgotten, name, reading, repost, rest
@@ -19,7 +19,7 @@ NOTHING_AFTER = 2**53 - 1
 
 async def test_replay_of_a_long_answer(grok: Upstream) -> None:
     """Of an answer longer than REPLAY_BYTES the end can be read again; who needs more is told, and never gets a gap."""
-    grok.play(stream(*map(str, range(100))))
+    grok.set_scripts(stream(*map(str, range(100))))
     async with serving(grok.url, replay_bytes=3000) as service:
         response = await service.ask(resumable=True)
         events = standard(response.content)
@@ -43,7 +43,7 @@ async def test_replay_of_a_long_answer(grok: Upstream) -> None:
 async def test_reader_who_falls_behind(grok: Upstream) -> None:
     """A reader of a running answer who is too far behind is told so, while others read on."""
     gate = Gate()
-    grok.play(stream("a", *["b" * 100] * 50, gate, "c"))
+    grok.set_scripts(stream("a", *["b" * 100] * 50, gate, "c"))
     async with serving(grok.url, replay_bytes=2000) as service:
         url = await address(service)
         await gate.reached.wait()
@@ -57,7 +57,7 @@ async def test_reader_who_falls_behind(grok: Upstream) -> None:
 
 async def test_answers_that_make_room(grok: Upstream) -> None:
     """Over REPLAY_TOTAL_BYTES the oldest finished answers go: who has all of one gets 204, who needs it is told."""
-    grok.play(stream(*["x" * 100] * 10))
+    grok.set_scripts(stream(*["x" * 100] * 10))
     async with serving(grok.url, replay_total_bytes=6000, replay_ttl=2) as service:
         urls = []
         for _ in range(4):
@@ -94,7 +94,7 @@ async def test_late_failure_that_makes_room() -> None:
 async def test_running_answers_are_kept_longest(grok: Upstream) -> None:
     """An answer that is still running is kept while finished ones can go in its place."""
     gate = Gate()
-    grok.play(stream("a", gate, "b"), stream(*["x" * 100] * 10))
+    grok.set_scripts(stream("a", gate, "b"), stream(*["x" * 100] * 10))
     async with serving(grok.url, replay_total_bytes=6000) as service:
         running = await address(service)
         for _ in range(10):
@@ -111,7 +111,7 @@ TOTAL = 4_000_000
 TTL = 8
 
 
-def resident(service: Spawned) -> int:
+def resident(service: SubprocessService) -> int:
     """Bytes of memory that it has resident."""
     found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{service.pid}/status").read_text())
     assert found
@@ -147,7 +147,7 @@ async def test_many() -> None:
         before = resident(service)
         finished = await begin(FINISHED)
         await grok.until(lambda: grok.playing == 0)
-        grok.play(stream("x" * 5000, HANG))
+        grok.set_scripts(stream("x" * 5000, HANG))
         running = await begin(RUNNING)
         # Their text alone is 21 MB. What is known of an answer beside its frames takes some 6 kB.
         assert resident(service) - before < TOTAL + 10_000 * (FINISHED + RUNNING)

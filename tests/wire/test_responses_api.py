@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests import responses
-from tests.conftest import HI, KEY, PATIENCE, Local, Service, failure, refusal, serving
+from tests.conftest import HI, KEY, TIMEOUT, InProcessService, Service, failure, refusal, serving
 from tests.readers import DONE, Event, answer, joined, standard
 from tests.responses import CREATED, IN_PROGRESS, SYSTEM_PROMPT, USAGE
 from tests.upstream import CLOSE, HANG, RESET, Gate, Script, Step, Upstream, frame, sse, stream
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture(scope="module")
-async def service(grok: Upstream) -> AsyncIterator[Local]:
+async def service(grok: Upstream) -> AsyncIterator[InProcessService]:
     async with serving(grok.url, grok_api="responses", system_prompt=SYSTEM_PROMPT) as service:
         yield service
 
@@ -32,9 +32,9 @@ def code(event: Event) -> Any:
 # What is asked.
 
 
-async def test_responses_request(grok: Upstream, service: Local) -> None:
+async def test_responses_request(grok: Upstream, service: InProcessService) -> None:
     """Grok gets the messages, the system prompt as instructions, nothing that it would keep, and nothing else."""
-    grok.play(responses.answer("ok"))
+    grok.set_scripts(responses.answer("ok"))
     messages = [*HI, {"role": "assistant", "content": "Hello\r\n"}, {"role": "user", "content": "\u2028?"}]
     await service.ask(messages=messages, temperature=2, sessionId="a1", tools=None)
     [call] = grok.calls
@@ -56,7 +56,7 @@ async def test_responses_request(grok: Upstream, service: Local) -> None:
 
 async def test_least_responses_request(grok: Upstream) -> None:
     """What is not configured and not asked for is not sent; the effort is, where it is configured."""
-    grok.play(responses.answer("ok"))
+    grok.set_scripts(responses.answer("ok"))
     for changes in ({}, {"grok_reasoning_effort": "low"}):
         async with serving(grok.url, grok_api="responses", **changes) as service:
             await service.ask()
@@ -102,9 +102,9 @@ async def test_the_same_bytes(resumable: bool, include: list[str]) -> None:
 
 
 @pytest.mark.parametrize("end", ["stop", "length"])
-async def test_finish_names_its_api(grok: Upstream, service: Local, end: str) -> None:
+async def test_finish_names_its_api(grok: Upstream, service: InProcessService, end: str) -> None:
     """The finish tells reason, model and usage as Grok told them, and which API that was."""
-    grok.play(responses.answer("a", finish=end))
+    grok.set_scripts(responses.answer("a", finish=end))
     *_, finish, last = standard((await service.ask(include=["finish"])).content)
     assert last == Event(DONE)
     assert json.loads(finish.data) == {
@@ -127,7 +127,7 @@ async def test_counts_without_reasoning(caplog: pytest.LogCaptureFixture) -> Non
     assert line["model"] == "grok-4.3"
 
 
-async def test_system_prompt_stays(service: Local, grok: Upstream, caplog: pytest.LogCaptureFixture) -> None:
+async def test_system_prompt_stays(service: InProcessService, grok: Upstream, caplog: pytest.LogCaptureFixture) -> None:
     """Grok repeats the system prompt in its first events and in its last: nobody sees it, whatever fails."""
     caplog.set_level(logging.DEBUG)
     scripts: list[Script] = [
@@ -138,7 +138,7 @@ async def test_system_prompt_stays(service: Local, grok: Upstream, caplog: pytes
         sse(CREATED, CREATED.replace(b'"in_progress"', b"{")),
         sse(responses.ended()),
     ]
-    grok.play(*scripts)
+    grok.set_scripts(*scripts)
     for _ in scripts:
         response = await service.ask(include=["reasoning", "finish", "tools", "citations"])
         assert "canary" not in response.text
@@ -151,11 +151,11 @@ async def test_system_prompt_stays(service: Local, grok: Upstream, caplog: pytes
 # Status, clocks, retries.
 
 
-async def test_the_response_object_decides_nothing(grok: Upstream, service: Local) -> None:
+async def test_the_response_object_decides_nothing(grok: Upstream, service: InProcessService) -> None:
     """Neither the first events nor comments decide the status: what fails after them still has its own."""
     gate = Gate()
     refused = responses.event("error", code="invalid-argument", message="maximum prompt length is 5")
-    grok.play(sse(CREATED, IN_PROGRESS, b": keepalive\n\n", responses.event("response.queued"), gate, refused))
+    grok.set_scripts(sse(CREATED, IN_PROGRESS, b": keepalive\n\n", responses.event("response.queued"), gate, refused))
     asked = asyncio.create_task(service.ask())
     await gate.reached.wait()
     await asyncio.wait([asked], timeout=0.2)
@@ -174,9 +174,9 @@ async def test_the_response_object_decides_nothing(grok: Upstream, service: Loca
         responses.delta(0, "a"),
     ],
 )
-async def test_the_first_item_decides_the_status(grok: Upstream, service: Local, first: bytes) -> None:
+async def test_the_first_item_decides_the_status(grok: Upstream, service: InProcessService, first: bytes) -> None:
     """The first event of an item is the beginning of the answer, whatever comes after it."""
-    grok.play(sse(CREATED, first, HANG))
+    grok.set_scripts(sse(CREATED, first, HANG))
     async with service.asking() as live:
         assert live.response.status_code == 200
         await grok.until(lambda: grok.playing == 1)
@@ -187,11 +187,11 @@ async def test_comments_are_no_progress() -> None:
     """Comments and the response object satisfy neither the first-token timeout nor the idle timeout."""
     comments: list[Step] = [b": keepalive\n\n", 0.05]
     changes = {"grok_api": "responses", "first_token_timeout": 0.4, "idle_timeout": 0.4, "grok_retries": 0}
-    async with Upstream() as grok, serving(grok.url, **changes) as service, asyncio.timeout(PATIENCE):
-        grok.play(sse(CREATED, IN_PROGRESS, *comments * 200))
+    async with Upstream() as grok, serving(grok.url, **changes) as service, asyncio.timeout(TIMEOUT):
+        grok.set_scripts(sse(CREATED, IN_PROGRESS, *comments * 200))
         response = await service.ask()
         assert (response.status_code, refusal(response)["code"]) == (504, "first_token_timeout")
-        grok.play(sse(CREATED, responses.delta(0, "a"), *comments * 200))
+        grok.set_scripts(sse(CREATED, responses.delta(0, "a"), *comments * 200))
         response = await service.ask()
         text, last = standard(response.content)
         assert text == Event("a")
@@ -199,9 +199,9 @@ async def test_comments_are_no_progress() -> None:
 
 
 @pytest.mark.parametrize("end", [b"", CLOSE, RESET])
-async def test_cut_off_before_the_last_event(grok: Upstream, service: Local, end: Step) -> None:
+async def test_cut_off_before_the_last_event(grok: Upstream, service: InProcessService, end: Step) -> None:
     """Only the last event ends an answer, though its message may look complete long before."""
-    grok.play(sse(CREATED, *responses.message(0, "a", "b"), end))
+    grok.set_scripts(sse(CREATED, *responses.message(0, "a", "b"), end))
     response = await service.ask(include=["finish"])
     *events, last = standard(response.content)
     assert joined(events) == "ab"
@@ -209,26 +209,26 @@ async def test_cut_off_before_the_last_event(grok: Upstream, service: Local, end
     assert failure(last, response)["code"] == "upstream_cut_off"
 
 
-async def test_an_answer_without_text(grok: Upstream, service: Local) -> None:
+async def test_an_answer_without_text(grok: Upstream, service: InProcessService) -> None:
     """An answer whose items hold no text is empty, and says so after its finish."""
     items = [*responses.reasoned(0, "hm"), *responses.message(1)]
     for output in ([], [responses.reasoning_item("hm"), {"type": "function_call", "name": "x", "arguments": "{}"}]):
-        grok.play(sse(CREATED, *items, responses.ended(None, output)))
+        grok.set_scripts(sse(CREATED, *items, responses.ended(None, output)))
         response = await service.ask(include=["finish"])
         finish, last = standard(response.content)
         assert finish.type == "finish"
         assert failure(last, response)["code"] == "empty_answer"
 
 
-async def test_a_large_last_event(grok: Upstream, service: Local) -> None:
+async def test_a_large_last_event(grok: Upstream, service: InProcessService) -> None:
     """The last event may repeat megabytes, and the connection is used again afterwards."""
     large = [responses.message_item("a"), {"type": "reasoning", "encrypted_content": "x" * 5_000_000}]
-    grok.play(sse(CREATED, *responses.message(0, "a"), responses.ended(None, large)))
+    grok.set_scripts(sse(CREATED, *responses.message(0, "a"), responses.ended(None, large)))
     connections = [(await answered(service, grok)).connection for _ in range(3)]
     assert connections == connections[:1] * 3
 
 
-async def answered(service: Local, grok: Upstream) -> Any:
+async def answered(service: InProcessService, grok: Upstream) -> Any:
     before = len(grok.calls)
     assert answer((await service.ask()).content) == "a"
     return grok.calls[before]
@@ -241,19 +241,19 @@ async def test_retries_of_early_errors() -> None:
     broken = sse(CREATED, responses.failed("server_error", "x"))
     late = sse(CREATED, responses.added(0, responses.web_search(0)), responses.failed("unavailable", "x"))
     async with Upstream() as grok, serving(grok.url, grok_api="responses", grok_retries=1) as service:
-        grok.play(limited, responses.answer("a"))
+        grok.set_scripts(limited, responses.answer("a"))
         assert answer((await service.ask()).content) == "a"
-        grok.play(overloaded, responses.answer("a"))
+        grok.set_scripts(overloaded, responses.answer("a"))
         assert answer((await service.ask()).content) == "a"
-        grok.play(limited)
+        grok.set_scripts(limited)
         response = await service.ask()
         assert (response.status_code, refusal(response)["code"]) == (429, "upstream_rate_limited")
         assert response.headers["Retry-After"] == "1"
         assert len(grok.calls) == 2
-        grok.play(broken)
+        grok.set_scripts(broken)
         assert (await service.ask()).status_code == 502
         assert len(grok.calls) == 1
-        grok.play(late)
+        grok.set_scripts(late)
         assert code(standard((await service.ask()).content)[-1]) == "upstream_error"
         assert len(grok.calls) == 1
 
@@ -269,6 +269,6 @@ async def test_lost_before_the_first_item() -> None:
 async def test_other_api_by_mistake(service: Service, grok: Upstream) -> None:
     """What speaks Chat Completions where the other API is expected is an upstream failure."""
     for script in (stream("a"), sse(frame({"choices": []}))):
-        grok.play(script)
+        grok.set_scripts(script)
         response = await service.ask()
         assert (response.status_code, refusal(response)["code"]) == (502, "upstream_error")

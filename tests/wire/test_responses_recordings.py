@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 from _pytest.mark import ParameterSet
 
-from tests.conftest import Local, from_recordings, refusal, serving
+from tests.conftest import InProcessService, from_recordings, refusal, serving
 from tests.readers import DONE, READERS, Event, joined, standard
 from tests.upstream import Upstream, error, sse
 
@@ -23,7 +23,7 @@ VARIABLE = "XAI_RESPONSES_RECORDINGS"
 
 
 @pytest.fixture(scope="module")
-async def service(grok: Upstream) -> AsyncIterator[Local]:
+async def service(grok: Upstream) -> AsyncIterator[InProcessService]:
     async with serving(grok.url, grok_api="responses", grok_tools="web_search,x_search", grok_retries=0) as service:
         yield service
 
@@ -111,11 +111,11 @@ def at_random(recording: Recording) -> list[bytes]:
 @pytest.mark.parametrize("cut", [as_recorded, byte_by_byte, at_random])
 @pytest.mark.parametrize("path", from_recordings(recordings, VARIABLE))
 async def test_responses_recording(
-    grok: Upstream, service: Local, path: Path, cut: Callable[[Recording], list[bytes]]
+    grok: Upstream, service: InProcessService, path: Path, cut: Callable[[Recording], list[bytes]]
 ) -> None:
     """One event for each delta and each step of a search, then the sources, then the finish, then the end."""
     recording = load(path)
-    grok.play(sse(*cut(recording)))
+    grok.set_scripts(sse(*cut(recording)))
     response = await service.ask(include=["reasoning", "tools", "citations", "finish"])
     assert response.status_code == 200
     for reader in READERS:
@@ -136,10 +136,10 @@ def parsed(event: Event) -> Any:
 
 
 @pytest.mark.parametrize("path", from_recordings(recordings, VARIABLE))
-async def test_responses_recording_alone(grok: Upstream, service: Local, path: Path) -> None:
+async def test_responses_recording_alone(grok: Upstream, service: InProcessService, path: Path) -> None:
     """To who asks for nothing else a recording is nothing but its text, and its end."""
     recording = load(path)
-    grok.play(sse(*as_recorded(recording)))
+    grok.set_scripts(sse(*as_recorded(recording)))
     response = await service.ask()
     for reader in READERS:
         assert reader(response.content) == [
@@ -162,10 +162,10 @@ def refusals(directory: Path) -> Iterator[ParameterSet]:
 
 
 @pytest.mark.parametrize("path", from_recordings(refusals, VARIABLE))
-async def test_recorded_refusals(grok: Upstream, service: Local, path: Path) -> None:
+async def test_recorded_refusals(grok: Upstream, service: InProcessService, path: Path) -> None:
     """Recorded answers that are no stream have the status and code of the table, and say nothing of Grok's words."""
     meta = json.loads(path.with_suffix(".meta.json").read_text())
-    grok.play(error(meta["response"]["status"], path.read_bytes()))
+    grok.set_scripts(error(meta["response"]["status"], path.read_bytes()))
     response = await service.ask()
     assert (response.status_code, refusal(response)["code"]) == (502, REFUSED[path.stem])
     assert path.read_text()[:60] not in response.text

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from _pytest.mark import ParameterSet
 
-from tests.conftest import HI, Live, Local, Service, failure, from_recordings, refusal, serving
+from tests.conftest import HI, InProcessService, LiveStream, Service, failure, from_recordings, refusal, serving
 from tests.readers import DONE, Event, Standard, answer, joined, standard
 from tests.upstream import CLOSE, HANG, Gate, Step, Upstream, error, frames, sse, stream
 from tests.wire.test_recordings import as_recorded, load, recordings
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture(scope="module")
-async def service(grok: Upstream) -> AsyncIterator[Local]:
+async def service(grok: Upstream) -> AsyncIterator[InProcessService]:
     async with serving(grok.url, keep_alive=0.2) as service:
         yield service
 
@@ -48,12 +48,12 @@ async def rest(service: Service, url: str, after: str | None = None) -> httpx.Re
 
 
 @asynccontextmanager
-async def reading(service: Service, url: str, after: str | None = None) -> AsyncIterator[Live]:
+async def reading(service: Service, url: str, after: str | None = None) -> AsyncIterator[LiveStream]:
     """The same, event by event; leaving it drops the connection."""
     headers = {} if after is None else {"Last-Event-ID": after}
     async with service.client.stream("GET", url, headers=headers) as response:
         assert response.status_code == 200
-        yield Live(response)
+        yield LiveStream(response)
 
 
 # The address.
@@ -74,9 +74,9 @@ async def reading(service: Service, url: str, after: str | None = None) -> Async
         ("", 200),
     ],
 )
-async def test_accept(grok: Upstream, service: Local, accept: str, status: int) -> None:
+async def test_accept(grok: Upstream, service: InProcessService, accept: str, status: int) -> None:
     """Who accepts JSON and no event stream gets the address of the answer, everybody else the answer."""
-    grok.play()
+    grok.set_scripts()
     response = await service.ask(headers={"Accept": accept})
     assert response.status_code == status
     assert len(grok.calls) == 1
@@ -93,9 +93,9 @@ async def test_accept(grok: Upstream, service: Local, accept: str, status: int) 
     assert len(grok.calls) == 1
 
 
-async def test_addresses_are_unguessable(grok: Upstream, service: Local) -> None:
+async def test_addresses_are_unguessable(grok: Upstream, service: InProcessService) -> None:
     """Each answer has an address of its own, the same conversation's too."""
-    grok.play()
+    grok.set_scripts()
     asked = [await service.ask(sessionId="one", headers=JSON) for _ in range(20)]
     ids = {response.json()["id"] for response in asked}
     assert len(ids) == 20
@@ -165,9 +165,9 @@ async def forgotten(service: Service, url: str, after: str | None = None, within
 # The wire.
 
 
-async def test_bytes(grok: Upstream, service: Local) -> None:
+async def test_bytes(grok: Upstream, service: InProcessService) -> None:
     """A stream begins with its id and the time to wait; each event has its id after its data, the last one too."""
-    grok.play(stream("a", "b\n\nc", "[DONE]", "", reasoning=["hm"]))
+    grok.set_scripts(stream("a", "b\n\nc", "[DONE]", "", reasoning=["hm"]))
     response = await service.ask(resumable=True)
     id = name(response.headers["Content-Location"])
     assert response.text == (
@@ -189,10 +189,10 @@ async def test_bytes(grok: Upstream, service: Local) -> None:
     assert resumed.text == f"retry: 2000\nid: {id}-3\n\ndata: NE]\nid: {id}-4\n\ndata: [DONE]\nid: {id}-5\n\n"
 
 
-async def test_opening_comes_first(grok: Upstream, service: Local) -> None:
+async def test_opening_comes_first(grok: Upstream, service: InProcessService) -> None:
     """The id is there before the first token, so that who drops before it need not ask twice."""
     gate = Gate()
-    grok.play(stream({}, gate, "a"))
+    grok.set_scripts(stream({}, gate, "a"))
     async with service.asking(resumable=True) as live:
         await live.comment()
         id = name(live.response.headers["Content-Location"])
@@ -205,9 +205,9 @@ async def test_opening_comes_first(grok: Upstream, service: Local) -> None:
 
 
 @pytest.mark.parametrize("end", [None, CLOSE])
-async def test_every_event_has_an_id(grok: Upstream, service: Local, end: Step | None) -> None:
+async def test_every_event_has_an_id(grok: Upstream, service: InProcessService, end: Step | None) -> None:
     """Optional events and errors are numbered like text, and replayed like it."""
-    grok.play(stream("a", *([end] if end else []), reasoning=["hm"]))
+    grok.set_scripts(stream("a", *([end] if end else []), reasoning=["hm"]))
     response = await service.ask(resumable=True, include=["reasoning", "finish"])
     events = standard(response.content)
     kinds = ["reasoning", "message", "error"] if end else ["reasoning", "message", "finish", "message"]
@@ -246,10 +246,10 @@ TOKENS = [
 TEXT = "".join(TOKENS).replace("\r", "\n")
 
 
-async def test_drop_after_each_position(grok: Upstream, service: Local) -> None:
+async def test_drop_after_each_position(grok: Upstream, service: InProcessService) -> None:
     """A reader that drops after every single event of a running answer, and comes back, reads it exactly."""
     gates = [Gate() for _ in TOKENS]
-    grok.play(stream(*[step for pair in zip(TOKENS, gates, strict=True) for step in pair]))
+    grok.set_scripts(stream(*[step for pair in zip(TOKENS, gates, strict=True) for step in pair]))
     url = await address(service)
     closed = iter(gates)
     read: list[Event] = []
@@ -283,10 +283,10 @@ def script(path: Path | None, pause: float = 0) -> tuple[list[Step], str]:
 
 
 @pytest.mark.parametrize("path", [pytest.param(None, id="made"), *from_recordings(scripts)])
-async def test_resume_from_each_position(grok: Upstream, service: Local, path: Path | None) -> None:
+async def test_resume_from_each_position(grok: Upstream, service: InProcessService, path: Path | None) -> None:
     """From every position what follows is exactly what was missed."""
     played, text = script(path)
-    grok.play(played)
+    grok.set_scripts(played)
     url = await address(service)
     events = standard((await rest(service, url)).content)
     assert joined(events) == text
@@ -298,10 +298,10 @@ async def test_resume_from_each_position(grok: Upstream, service: Local, path: P
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("path", [pytest.param(None, id="made"), *from_recordings(scripts)])
-async def test_random_drops(grok: Upstream, service: Local, path: Path | None, seed: int) -> None:
+async def test_random_drops(grok: Upstream, service: InProcessService, path: Path | None, seed: int) -> None:
     """Two readers at once, each cut off five times at any byte, read a running answer exactly."""
     played, text = script(path, pause=0.001)
-    grok.play(played)
+    grok.set_scripts(played)
     chance = random.Random(seed)  # noqa: S311 -- the same cuts each time
     url = await address(service)
     async with asyncio.TaskGroup() as group:
@@ -337,10 +337,10 @@ async def dropping(service: Service, url: str, cuts: list[int]) -> list[Event]:
     return events
 
 
-async def test_many_readers(grok: Upstream, service: Local) -> None:
+async def test_many_readers(grok: Upstream, service: InProcessService) -> None:
     """Thirty readers that come one after the other while the answer runs each see all of it, in order."""
     gates = [Gate() for _ in range(30)]
-    grok.play(stream(*[step for number, gate in enumerate(gates) for step in (f"{number} ", gate)]))
+    grok.set_scripts(stream(*[step for number, gate in enumerate(gates) for step in (f"{number} ", gate)]))
     url = await address(service)
     async with asyncio.TaskGroup() as group:
         readers = []
@@ -355,9 +355,9 @@ async def test_many_readers(grok: Upstream, service: Local) -> None:
     assert len(grok.calls) == 1
 
 
-async def test_polyfills(grok: Upstream, service: Local) -> None:
+async def test_polyfills(grok: Upstream, service: InProcessService) -> None:
     """Who cannot send headers puts the id into the address; the header counts more."""
-    grok.play(stream("a", "b", "c"))
+    grok.set_scripts(stream("a", "b", "c"))
     url = await address(service)
     id = name(url)
     assert [event.data for event in standard((await service.client.get(f"{url}?lastEventId={id}-1")).content)] == [
@@ -370,9 +370,9 @@ async def test_polyfills(grok: Upstream, service: Local) -> None:
     assert len(standard((await rest(service, url, "")).content)) == 4
 
 
-async def test_other_methods(grok: Upstream, service: Local) -> None:
+async def test_other_methods(grok: Upstream, service: InProcessService) -> None:
     """HEAD tells what GET would, and reads nothing; any other method is refused."""
-    grok.play(stream("a", HANG))
+    grok.set_scripts(stream("a", HANG))
     url = await address(service)
     response = await service.client.head(url)
     assert (response.status_code, response.headers["Content-Type"]) == (200, "text/event-stream; charset=utf-8")
@@ -390,9 +390,9 @@ async def test_other_methods(grok: Upstream, service: Local) -> None:
         *("{id}-\u00b2", "{id}-99", "{id}-4", "{id}-9007199254740992", "{id}-99999999999999999999", "{other}-1"),
     ],
 )
-async def test_invalid_ids(grok: Upstream, service: Local, after: str) -> None:
+async def test_invalid_ids(grok: Upstream, service: InProcessService, after: str) -> None:
     """An id of another stream, of an event that was never sent, or that is none, is refused."""
-    grok.play(stream("a", "b"))
+    grok.set_scripts(stream("a", "b"))
     url, other = await address(service), await address(service)
     await rest(service, url)
     after = after.format(id=name(url), other=name(other))
@@ -401,9 +401,9 @@ async def test_invalid_ids(grok: Upstream, service: Local, after: str) -> None:
     assert len(grok.calls) == 2
 
 
-async def test_nothing_left(grok: Upstream, service: Local) -> None:
+async def test_nothing_left(grok: Upstream, service: InProcessService) -> None:
     """After the last event there is nothing: 204, which native EventSource takes for the end."""
-    grok.play(stream("a"))
+    grok.set_scripts(stream("a"))
     url = await address(service)
     events = standard((await rest(service, url)).content)
     response = await rest(service, url, events[-1].id)
@@ -411,9 +411,9 @@ async def test_nothing_left(grok: Upstream, service: Local) -> None:
     assert "Content-Type" not in response.headers
 
 
-async def test_end_is_told_at_once(grok: Upstream, service: Local) -> None:
+async def test_end_is_told_at_once(grok: Upstream, service: InProcessService) -> None:
     """Who reads does not wait for a Grok that has said `[DONE]` to close, nor does who asks what is left."""
-    grok.play(sse(*frames("a"), HANG))
+    grok.set_scripts(sse(*frames("a"), HANG))
     url = await address(service)
     events = standard((await rest(service, url)).content)
     assert events[-1].data == DONE
@@ -422,9 +422,9 @@ async def test_end_is_told_at_once(grok: Upstream, service: Local) -> None:
     assert grok.playing == 1
 
 
-async def test_only_resumable_streams_are_kept(grok: Upstream, service: Local) -> None:
+async def test_only_resumable_streams_are_kept(grok: Upstream, service: InProcessService) -> None:
     """A plain stream has no ids, and nothing to come back to."""
-    grok.play(stream("a"))
+    grok.set_scripts(stream("a"))
     response = await service.ask()
     assert response.content == b"data: a\n\ndata: [DONE]\n\n"
 
@@ -442,9 +442,9 @@ async def repost(service: Service, after: str, content: bytes = b"{}") -> list[E
 
 
 @pytest.mark.parametrize("content", [json.dumps({"messages": HI}).encode(), b"", b"{", b"x" * 2_000_000])
-async def test_repost(grok: Upstream, service: Local, content: bytes) -> None:
+async def test_repost(grok: Upstream, service: InProcessService, content: bytes) -> None:
     """A POST with an id gets what lies after it, whatever its body; of a finished answer at least the last event."""
-    grok.play(stream("a", "b"))
+    grok.set_scripts(stream("a", "b"))
     response = await service.ask(resumable=True)
     events = standard(response.content)
     id = name(response.headers["Content-Location"])
@@ -453,10 +453,10 @@ async def test_repost(grok: Upstream, service: Local, content: bytes) -> None:
     assert len(grok.calls) == 1
 
 
-async def test_repost_while_it_runs(grok: Upstream, service: Local) -> None:
+async def test_repost_while_it_runs(grok: Upstream, service: InProcessService) -> None:
     """It follows a running answer, too."""
     gate = Gate()
-    grok.play(stream("a", gate, "b"))
+    grok.set_scripts(stream("a", gate, "b"))
     async with service.asking(resumable=True) as live:
         first = await live.event()
     async with asyncio.TaskGroup() as group:
@@ -467,18 +467,18 @@ async def test_repost_while_it_runs(grok: Upstream, service: Local) -> None:
     assert len(grok.calls) == 1
 
 
-async def test_repost_after_a_failure(grok: Upstream, service: Local) -> None:
+async def test_repost_after_a_failure(grok: Upstream, service: InProcessService) -> None:
     """The end that is told again is the end that it was."""
-    grok.play(stream("a", CLOSE))
+    grok.set_scripts(stream("a", CLOSE))
     response = await service.ask(resumable=True)
     [_, failed] = standard(response.content)
     assert await repost(service, failed.id) == [failed]
 
 
 @pytest.mark.parametrize("after", ["x", "x-1", "{id}-99", "{id}", "-"])
-async def test_repost_of_what_is_not_there(grok: Upstream, service: Local, after: str) -> None:
+async def test_repost_of_what_is_not_there(grok: Upstream, service: InProcessService, after: str) -> None:
     """An unknown stream, or id, is told in the stream, for another status would be retried for ever."""
-    grok.play(stream("a"))
+    grok.set_scripts(stream("a"))
     url = await address(service)
     [event] = await repost(service, after.format(id=name(url)))
     assert code(event) == "stream_not_found"

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.conftest import HI, Local, Service, refusal, serving
+from tests.conftest import HI, InProcessService, Service, refusal, serving
 from tests.readers import DONE, Event, standard
 from tests.upstream import HANG, Call, Gate, Upstream, stream
 from tests.wire.test_resume import JSON, address, code, forgotten, name, reading, rest
@@ -19,7 +19,7 @@ TTL = 1.0
 
 
 @pytest.fixture(scope="module")
-async def service(grok: Upstream) -> AsyncIterator[Local]:
+async def service(grok: Upstream) -> AsyncIterator[InProcessService]:
     async with serving(grok.url, resume_window=WINDOW, replay_ttl=TTL) as service:
         yield service
 
@@ -33,9 +33,9 @@ def now() -> float:
     return asyncio.get_running_loop().time()
 
 
-async def test_abandoned(grok: Upstream, service: Local) -> None:
+async def test_abandoned(grok: Upstream, service: InProcessService) -> None:
     """With nobody reading, from the 201 on, Grok goes on for the window and is then hung up; who comes late is told."""
-    grok.play(stream("a", HANG))
+    grok.set_scripts(stream("a", HANG))
     since = now()
     url = await address(service)
     assert WINDOW - 0.1 < await hung_up(grok.calls[0], since) < WINDOW + 0.5
@@ -47,9 +47,9 @@ async def test_abandoned(grok: Upstream, service: Local) -> None:
     await forgotten(service, url)
 
 
-async def test_abandoned_by_its_reader(grok: Upstream, service: Local) -> None:
+async def test_abandoned_by_its_reader(grok: Upstream, service: InProcessService) -> None:
     """The window begins when the last reader leaves, not before; a reader who is there keeps Grok going."""
-    grok.play(stream("a", HANG))
+    grok.set_scripts(stream("a", HANG))
     url = await address(service)
     async with reading(service, url) as first:
         await first.event()
@@ -63,10 +63,10 @@ async def test_abandoned_by_its_reader(grok: Upstream, service: Local) -> None:
     assert WINDOW - 0.1 < await hung_up(grok.calls[0], since) < WINDOW + 0.5
 
 
-async def test_back_in_time(grok: Upstream, service: Local) -> None:
+async def test_back_in_time(grok: Upstream, service: InProcessService) -> None:
     """Who comes back within the window, again and again, finds the answer going on."""
     gates = [Gate() for _ in range(4)]
-    grok.play(stream(*[step for gate in gates for step in ("a", gate)]))
+    grok.set_scripts(stream(*[step for gate in gates for step in ("a", gate)]))
     url = await address(service)
     after = None
     for gate in gates:
@@ -78,9 +78,9 @@ async def test_back_in_time(grok: Upstream, service: Local) -> None:
     assert len(grok.calls) == 1
 
 
-async def test_streamed_to_who_asked(grok: Upstream, service: Local) -> None:
+async def test_streamed_to_who_asked(grok: Upstream, service: InProcessService) -> None:
     """The same holds for who asked for the stream itself."""
-    grok.play(stream("a", HANG))
+    grok.set_scripts(stream("a", HANG))
     async with service.asking(resumable=True) as live:
         await live.event()
         since = now()
@@ -90,9 +90,9 @@ async def test_streamed_to_who_asked(grok: Upstream, service: Local) -> None:
 
 
 @pytest.mark.parametrize("accept", [JSON, {"Accept": "text/event-stream"}])
-async def test_left_before_the_status(grok: Upstream, service: Local, accept: dict[str, str]) -> None:
+async def test_left_before_the_status(grok: Upstream, service: InProcessService, accept: dict[str, str]) -> None:
     """Who leaves before there is a status has no way back, so Grok is hung up at once."""
-    grok.play([HANG])
+    grok.set_scripts([HANG])
     async with service.caller() as caller:
         await caller.post({"messages": HI, "resumable": True}, **accept)
         call = await grok.call()
@@ -100,9 +100,9 @@ async def test_left_before_the_status(grok: Upstream, service: Local, accept: di
     assert await hung_up(call, since) < WINDOW / 2
 
 
-async def test_answers_that_end_by_themselves(grok: Upstream, service: Local) -> None:
+async def test_answers_that_end_by_themselves(grok: Upstream, service: InProcessService) -> None:
     """An answer that was complete before anybody came is whole, and readable for its time and no longer."""
-    grok.play(stream("a", "b"))
+    grok.set_scripts(stream("a", "b"))
     url = await address(service)
     await grok.until(lambda: grok.playing == 0)
     since = now()
@@ -128,9 +128,9 @@ async def stop(service: Service, id: str) -> httpx.Response:
 
 
 @pytest.mark.parametrize("end", [delete, stop])
-async def test_stopped(grok: Upstream, service: Local, end: Any) -> None:
+async def test_stopped(grok: Upstream, service: InProcessService, end: Any) -> None:
     """Grok is hung up at once; all readers, present and to come, are told; doing it again changes nothing."""
-    grok.play(stream("a", HANG))
+    grok.set_scripts(stream("a", HANG))
     url = await address(service)
     async with reading(service, url) as first, reading(service, url) as second:
         for live in (first, second):
@@ -152,14 +152,14 @@ async def test_stopped(grok: Upstream, service: Local, end: Any) -> None:
 
 @pytest.mark.parametrize("end", [delete, stop])
 @pytest.mark.parametrize("id", ["x", "nobody-knows-this-one"])
-async def test_stopping_what_is_not_there(service: Local, end: Any, id: str) -> None:
+async def test_stopping_what_is_not_there(service: InProcessService, end: Any, id: str) -> None:
     """It is not running, which is what was asked for."""
     assert (await end(service, id)).status_code == 204
 
 
-async def test_stopping_what_is_complete(grok: Upstream, service: Local) -> None:
+async def test_stopping_what_is_complete(grok: Upstream, service: InProcessService) -> None:
     """A finished answer stays what it is."""
-    grok.play(stream("a"))
+    grok.set_scripts(stream("a"))
     url = await address(service)
     whole = await rest(service, url)
     assert (await delete(service, name(url))).status_code == 204
@@ -177,9 +177,9 @@ async def test_stopping_before_the_first_chunk() -> None:
         assert code(event) == "stopped"
 
 
-async def test_stuck_reader(grok: Upstream, service: Local) -> None:
+async def test_stuck_reader(grok: Upstream, service: InProcessService) -> None:
     """A reader that takes nothing holds up neither Grok nor the other readers."""
-    grok.play(stream(*["x" * 1000] * 2000))
+    grok.set_scripts(stream(*["x" * 1000] * 2000))
     url = await address(service)
     async with service.caller(receive_buffer=4096) as stuck:
         await stuck.send(f"GET {url} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())

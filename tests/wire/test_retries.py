@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from chatproxy.config.timing import Timing
-from tests.conftest import HI, PATIENCE, Local, failure, refusal, serving
+from tests.conftest import HI, TIMEOUT, InProcessService, failure, refusal, serving
 from tests.readers import answer
 from tests.upstream import (
     CLOSE,
@@ -49,7 +49,7 @@ def after(seconds: object, status: int = 503) -> list[Step]:
 
 
 @pytest.fixture(scope="module")
-async def service(grok: Upstream) -> AsyncIterator[Local]:
+async def service(grok: Upstream) -> AsyncIterator[InProcessService]:
     async with serving(grok.url, idle_timeout=0.2) as service:
         yield service
 
@@ -189,7 +189,7 @@ async def test_refused_connections() -> None:
     assert failures == 3
 
 
-async def metric(service: Local, name: str) -> float:
+async def metric(service: InProcessService, name: str) -> float:
     found = re.search(rf"^{re.escape(name)} (\S+)$", (await service.client.get("/metrics")).text, re.MULTILINE)
     assert found
     return float(found[1])
@@ -288,9 +288,11 @@ async def test_no_local_answer(script: Script) -> None:
     ],
 )
 @pytest.mark.parametrize("first", [FIRST, frame(chunk({"role": "assistant"}))], ids=["text", "a role"])
-async def test_never_after_the_first_chunk(grok: Upstream, service: Local, first: bytes, end: list[Step]) -> None:
+async def test_never_after_the_first_chunk(
+    grok: Upstream, service: InProcessService, first: bytes, end: list[Step]
+) -> None:
     """An answer that has begun is never asked for again."""
-    grok.play(sse(first, *end), stream("ok"))
+    grok.set_scripts(sse(first, *end), stream("ok"))
     async with service.asking() as live:
         *_, event = await live.rest()
     assert failure(event, live.response)["code"].startswith(("upstream_", "idle_"))
@@ -343,7 +345,7 @@ async def test_never_for_nobody(accept: str) -> None:
     async with Upstream([gate, *OVERLOADED], stream("late")) as grok, serving(grok.url, QUICK) as service:
         async with service.caller() as caller:
             await caller.post({"messages": HI}, Accept=accept)
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(TIMEOUT):
                 await gate.reached.wait()
             caller.close()
             await grok.calls[0].hung_up()
@@ -399,6 +401,6 @@ async def test_lost_connection_to_grok(transport: str) -> None:
     async with Upstream() as upstream, serving(upstream.url, connect_timeout=0.2, grok_transport=transport) as service:
         await service.ask()
         upstream.lose_connections()
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             assert answer((await service.ask()).content) == "Hello, world"
         assert upstream.calls[-1].connection > upstream.calls[0].connection

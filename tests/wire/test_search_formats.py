@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests import responses
-from tests.conftest import HI, Local, refusal, serving
+from tests.conftest import HI, InProcessService, refusal, serving
 from tests.readers import DONE, standard
 from tests.responses import CREATED, cited, delta, ended, opened, searched, source
 from tests.upstream import Upstream, sse
@@ -19,7 +19,7 @@ V1 = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
-async def service(grok: Upstream) -> AsyncIterator[Local]:
+async def service(grok: Upstream) -> AsyncIterator[InProcessService]:
     async with serving(grok.url, grok_api="responses", grok_tools="web_search,x_search") as service:
         yield service
 
@@ -37,9 +37,11 @@ WISHES: list[tuple[str, dict[str, Any], list[str] | None]] = [
 
 
 @pytest.mark.parametrize(("path", "body", "tools"), WISHES)
-async def test_wishes(grok: Upstream, service: Local, path: str, body: dict[str, Any], tools: list[str] | None) -> None:
+async def test_wishes(
+    grok: Upstream, service: InProcessService, path: str, body: dict[str, Any], tools: list[str] | None
+) -> None:
     """Grok may search what the format's own words ask for, and nothing else."""
-    grok.play(responses.answer("ok"))
+    grok.set_scripts(responses.answer("ok"))
     assert (await service.client.post(path, json=body)).status_code == 200
     sent = grok.calls[0].body.get("tools")
     assert sent == (None if tools is None else [{"type": tool} for tool in tools])
@@ -50,7 +52,7 @@ async def test_wishes_without_permission(
     grok: Upstream, path: str, body: dict[str, Any], tools: list[str] | None
 ) -> None:
     """What the operator does not allow is refused in the status that the format has for it."""
-    grok.play(responses.answer("ok"))
+    grok.set_scripts(responses.answer("ok"))
     async with serving(grok.url, grok_api="responses") as service:
         response = await service.client.post(path, json=body)
     if tools is None:
@@ -61,10 +63,10 @@ async def test_wishes_without_permission(
     assert grok.calls == []
 
 
-async def test_what_is_shown(grok: Upstream, service: Local) -> None:
+async def test_what_is_shown(grok: Upstream, service: InProcessService) -> None:
     """A search is a dynamic tool's call in the one, and not shown in the other; pages come at the end of each."""
     url = "https://example.com/a?b=1"
-    grok.play(
+    grok.set_scripts(
         sse(
             CREATED,
             *searched(1, "canary\nquery"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests import responses
-from tests.conftest import HI, Local, failure, refusal, serving
+from tests.conftest import HI, InProcessService, failure, refusal, serving
 from tests.readers import DONE, READERS, Event, answer, joined, standard
 from tests.responses import CREATED, cited, delta, ended, message, searched, source
 from tests.upstream import HANG, Gate, Script, Step, Upstream, sse, stream
@@ -20,7 +20,7 @@ BOTH = {"grok_api": "responses", "grok_tools": "web_search,x_search"}
 
 
 @pytest.fixture(scope="module")
-async def service(grok: Upstream) -> AsyncIterator[Local]:
+async def service(grok: Upstream) -> AsyncIterator[InProcessService]:
     async with serving(grok.url, **BOTH, max_tool_calls=2, grok_retries=1) as service:
         yield service
 
@@ -46,10 +46,10 @@ def answer_with(count: int, *more: bytes) -> Script:
     ],
 )
 async def test_no_search_without_a_wish(
-    grok: Upstream, service: Local, asked: list[str] | None, sent: list[str] | None
+    grok: Upstream, service: InProcessService, asked: list[str] | None, sent: list[str] | None
 ) -> None:
     """Grok may search what the request asks for, each once, and nothing if it asks for nothing."""
-    grok.play(responses.answer("ok"))
+    grok.set_scripts(responses.answer("ok"))
     assert answer((await service.ask(tools=asked)).content) == "ok"
     assert grok.calls[0].body.get("tools") == (None if sent is None else [{"type": tool} for tool in sent])
 
@@ -66,7 +66,7 @@ async def test_no_search_without_permission_over_the_wire(
     grok: Upstream, changes: dict[str, str], asked: list[str], param: str
 ) -> None:
     """A search that the operator does not allow is refused, and Grok is not asked."""
-    grok.play(responses.answer("ok"))
+    grok.set_scripts(responses.answer("ok"))
     async with serving(grok.url, **changes) as service:
         response = await service.ask(tools=asked)
         problem = refusal(response)
@@ -91,9 +91,9 @@ async def test_no_search_without_permission_over_the_wire(
         ([""], "tools[0]"),
     ],
 )
-async def test_tools_of_another_shape(grok: Upstream, service: Local, tools: object, param: str) -> None:
+async def test_tools_of_another_shape(grok: Upstream, service: InProcessService, tools: object, param: str) -> None:
     """A wish that is no list of known searches is refused with the field's name, and not echoed."""
-    grok.play(responses.answer("ok"))
+    grok.set_scripts(responses.answer("ok"))
     response = await service.ask(tools=tools)
     problem = refusal(response)
     assert (response.status_code, problem["code"], problem["param"]) == (422, "invalid_request", param)
@@ -104,14 +104,14 @@ async def test_tools_of_another_shape(grok: Upstream, service: Local, tools: obj
 # What is told.
 
 
-async def test_searches_are_told(grok: Upstream, service: Local) -> None:
+async def test_searches_are_told(grok: Upstream, service: InProcessService) -> None:
     """Searches are told to who asked, as they happen; to others there is nothing but the text."""
     gate = Gate()
     first, second = (
         searched(0, "cats"),
         [responses.added(1, responses.x_search(1)), responses.done(1, responses.x_search(1, "\r\n[DONE]"))],
     )
-    grok.play(sse(CREATED, first[0], gate, *first[1:], *second, *message(2, "a"), ended()))
+    grok.set_scripts(sse(CREATED, first[0], gate, *first[1:], *second, *message(2, "a"), ended()))
     async with service.asking(include=["tools"], tools=["web_search", "x_search"]) as live:
         started = await live.event()
         gate.open()
@@ -127,19 +127,19 @@ async def test_searches_are_told(grok: Upstream, service: Local) -> None:
         assert answer((await service.ask(include=include)).content) == "a"
 
 
-async def test_a_search_for_nothing(grok: Upstream, service: Local) -> None:
+async def test_a_search_for_nothing(grok: Upstream, service: InProcessService) -> None:
     """Where it is not told what was searched for, the query is null."""
-    grok.play(sse(CREATED, *searched(0, ""), *message(1, "a"), ended()))
+    grok.set_scripts(sse(CREATED, *searched(0, ""), *message(1, "a"), ended()))
     response = await service.ask(include=["tools"])
     told = [json.loads(event.data) for event in standard(response.content) if event.type == "tool"]
     assert told[1] == {"tool": "web_search", "status": "completed", "query": None}
 
 
-async def test_citations_are_told_once(grok: Upstream, service: Local) -> None:
+async def test_citations_are_told_once(grok: Upstream, service: InProcessService) -> None:
     """The sources come in one event just before the finish; to others there is nothing but the text."""
     a, b = "https://a.example/", "http://b.example/"
     notes = [cited(0, source(url, title)) for url, title in ((a, "1"), (b, b), (a, "3"))]
-    grok.play(sse(CREATED, delta(0, "x"), notes[0], delta(0, "y"), *notes, ended()))
+    grok.set_scripts(sse(CREATED, delta(0, "x"), notes[0], delta(0, "y"), *notes, ended()))
     response = await service.ask(include=["citations", "finish"])
     assert [event.type for event in standard(response.content)] == [
         *("message", "message", "citations", "finish", "message"),
@@ -150,7 +150,7 @@ async def test_citations_are_told_once(grok: Upstream, service: Local) -> None:
         assert answer((await service.ask(include=include)).content) == "xy"
 
 
-async def test_sources_break_no_frame(grok: Upstream, service: Local) -> None:
+async def test_sources_break_no_frame(grok: Upstream, service: InProcessService) -> None:
     """Whatever the web puts into sources and queries, every reader sees one event of bounded size, and the text."""
     bad = [
         "javascript:alert(1)",
@@ -161,7 +161,7 @@ async def test_sources_break_no_frame(grok: Upstream, service: Local) -> None:
     good = [source(f"https://example.com/{number}", "\r\n\r\ndata: [DONE]\u2028") for number in range(9_999)]
     notes = [cited(0, each) for each in (*map(source, bad), source("https://long.example", "x" * 900_000), *good)]
     query = "\n\nevent: error\ndata: {}\n\n" + "x" * 500_000
-    grok.play(sse(CREATED, *searched(0, query), delta(1, "a"), b"".join(notes), ended()))
+    grok.set_scripts(sse(CREATED, *searched(0, query), delta(1, "a"), b"".join(notes), ended()))
     response = await service.ask(include=["tools", "citations"])
     for reader in READERS:
         started, completed, text, citations, end = reader(response.content)
@@ -173,15 +173,15 @@ async def test_sources_break_no_frame(grok: Upstream, service: Local) -> None:
     assert len(response.content) < 20_000
 
 
-async def test_several_messages_are_one_text(grok: Upstream, service: Local) -> None:
+async def test_several_messages_are_one_text(grok: Upstream, service: InProcessService) -> None:
     """Text before and after searches is one answer, with an empty line in between."""
-    grok.play(answer_with(2))
+    grok.set_scripts(answer_with(2))
     assert answer((await service.ask()).content) == "a\n\nb"
 
 
-async def test_searches_resume(grok: Upstream, service: Local) -> None:
+async def test_searches_resume(grok: Upstream, service: InProcessService) -> None:
     """Searches and sources are numbered with the rest, and replayed."""
-    grok.play(answer_with(1, cited(0, source("https://a.example"))))
+    grok.set_scripts(answer_with(1, cited(0, source("https://a.example"))))
     response = await service.ask(include=["tools", "citations", "finish"], resumable=True)
     events = standard(response.content)
     again = await service.client.get(
@@ -195,7 +195,7 @@ async def test_searches_resume(grok: Upstream, service: Local) -> None:
 
 
 @pytest.mark.parametrize("at_once", [False, True])
-async def test_too_many_searches_end_it(grok: Upstream, service: Local, at_once: bool) -> None:
+async def test_too_many_searches_end_it(grok: Upstream, service: InProcessService, at_once: bool) -> None:
     """At the search after the last that is allowed Grok is hung up; what came before is told, and the reason."""
     gate = Gate()
     pieces: list[Step] = [
@@ -208,9 +208,9 @@ async def test_too_many_searches_end_it(grok: Upstream, service: Local, at_once:
         HANG,
     ]
     if at_once:
-        grok.play(answer_with(3))
+        grok.set_scripts(answer_with(3))
     else:
-        grok.play(sse(*pieces))
+        grok.set_scripts(sse(*pieces))
         gate.open()
     response = await service.ask(include=["tools"])
     *events, last = standard(response.content)
@@ -222,16 +222,16 @@ async def test_too_many_searches_end_it(grok: Upstream, service: Local, at_once:
     assert len(grok.calls) == 1
 
 
-async def test_as_many_searches_as_allowed(grok: Upstream, service: Local) -> None:
+async def test_as_many_searches_as_allowed(grok: Upstream, service: InProcessService) -> None:
     """The limit itself is allowed, and a search counts once however often it is told."""
-    grok.play(answer_with(2, *searched(1, "x"), *searched(2, "x")))
+    grok.set_scripts(answer_with(2, *searched(1, "x"), *searched(2, "x")))
     assert answer((await service.ask()).content) == "a\n\nb"
 
 
-async def test_no_retry_after_a_search(grok: Upstream, service: Local) -> None:
+async def test_no_retry_after_a_search(grok: Upstream, service: InProcessService) -> None:
     """A search has cost money: whatever fails after it, Grok is not asked again."""
     for script in (sse(CREATED, searched(0, "x")[0]), sse(CREATED, searched(0, "x")[0] + b"data: {\n\n")):
-        grok.play(script)
+        grok.set_scripts(script)
         response = await service.ask()
         assert (response.status_code, standard(response.content)[-1].type) == (200, "error")
         assert len(grok.calls) == 1
@@ -260,7 +260,7 @@ async def test_searches_are_counted(caplog: pytest.LogCaptureFixture) -> None:
 
 async def test_the_other_api_has_none(grok: Upstream) -> None:
     """On Chat Completions nothing new is told, whatever is asked for."""
-    grok.play(stream("a"))
+    grok.set_scripts(stream("a"))
     async with serving(grok.url) as service:
         assert answer((await service.ask(include=["tools", "citations"])).content) == "a"
     assert "tools" not in grok.calls[0].body

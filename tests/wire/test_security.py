@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from tests.conftest import Local, failure, refusal, serving, spawned
+from tests.conftest import InProcessService, failure, refusal, serving, spawned
 from tests.readers import standard
 from tests.upstream import CLOSE, Upstream, error, stream
 from tests.wire.raw_requests import CHAT, JSON, chunked, read_response, request
@@ -18,7 +18,7 @@ PAGE = "https://app.example.com"
 
 
 @pytest.fixture(scope="module")
-async def service(grok: Upstream) -> AsyncIterator[Local]:
+async def service(grok: Upstream) -> AsyncIterator[InProcessService]:
     async with serving(
         grok.url,
         allowed_origins=f"{PAGE}, http://other.example.org:8080/",
@@ -144,9 +144,9 @@ HOSTILE: dict[str, tuple[bytes, tuple[int, str]]] = {
 
 
 @pytest.mark.parametrize(("sent", "expected"), HOSTILE.values(), ids=HOSTILE.keys())
-async def test_hostile(grok: Upstream, service: Local, sent: bytes, expected: tuple[int, str]) -> None:
+async def test_hostile(grok: Upstream, service: InProcessService, sent: bytes, expected: tuple[int, str]) -> None:
     """It gets the right status, an error in JSON and no permission to read it; Grok is not called."""
-    grok.play()
+    grok.set_scripts()
     async with service.caller() as caller:
         await caller.send(sent)
         response = await read_response(caller)
@@ -170,9 +170,9 @@ NO_NAMES = {
 
 
 @pytest.mark.parametrize("sent", NO_NAMES.values(), ids=NO_NAMES.keys())
-async def test_names_of_nothing(grok: Upstream, service: Local, sent: bytes) -> None:
+async def test_names_of_nothing(grok: Upstream, service: InProcessService, sent: bytes) -> None:
     """What cannot be the id of an answer might be a chat's: there is nothing to read, and nothing is told of it."""
-    grok.play()
+    grok.set_scripts()
     async with service.caller() as caller:
         await caller.send(sent)
         response = await read_response(caller)
@@ -181,9 +181,9 @@ async def test_names_of_nothing(grok: Upstream, service: Local, sent: bytes) -> 
     assert grok.calls == []
 
 
-async def test_stream_of_somebody_else(grok: Upstream, service: Local) -> None:
+async def test_stream_of_somebody_else(grok: Upstream, service: InProcessService) -> None:
     """Who comes back with an id that is none is told so in a stream, which ends its retries, and starts nothing."""
-    grok.play()
+    grok.set_scripts()
     for last_event_id in ("x-1", "x", "-", f"{'x' * 10_000}-1", "x-1-0", "x-\u00b2", "\u00e4-1", "*-0", "null"):
         async with service.caller() as caller:
             await caller.send(request("/api/chat", ("Last-Event-ID", last_event_id)))
@@ -222,9 +222,9 @@ async def test_forged_address(forged: list[tuple[str, str]]) -> None:
 BREAKS = "a\r\nX-Canary: b\r\n\r\nc\nd\re\0f"
 
 
-async def test_line_breaks_reach_no_header(grok: Upstream, service: Local) -> None:
+async def test_line_breaks_reach_no_header(grok: Upstream, service: InProcessService) -> None:
     """Whatever a caller may put into JSON, a path or a query gets into no header, ours or Grok's."""
-    grok.play()
+    grok.set_scripts()
     answered = await service.ask(BREAKS, sessionId=BREAKS, resumable=True, include=["finish"])
     [call] = grok.calls
     encoded = str(httpx.QueryParams({"x": BREAKS})).removeprefix("x=")
@@ -262,9 +262,9 @@ async def test_line_breaks_reach_no_header(grok: Upstream, service: Local) -> No
         ("gpu-box", None),
     ],
 )
-async def test_welcome(grok: Upstream, service: Local, host: str, name: str | None) -> None:
+async def test_welcome(grok: Upstream, service: InProcessService, host: str, name: str | None) -> None:
     """Our own pages, those of listed origins and programs are answered under every name that can be ours."""
-    grok.play()
+    grok.set_scripts()
     async with service.caller() as caller:
         await caller.send(request("/api/chat", *([] if name is None else [("Origin", name)]), host=host))
         response = await read_response(caller)
@@ -283,7 +283,7 @@ async def test_welcome(grok: Upstream, service: Local, host: str, name: str | No
         (request("/", ("Sec-Fetch-Site", "cross-site"), method="GET"), 200),
     ],
 )
-async def test_not_hostile(service: Local, sent: bytes, status: int) -> None:
+async def test_not_hostile(service: InProcessService, sent: bytes, status: int) -> None:
     """What looks hostile and is not: health checks, and links from elsewhere."""
     async with service.caller() as caller:
         await caller.send(sent)
@@ -323,7 +323,7 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize(("sent", "status"), ANSWERS.values(), ids=ANSWERS.keys())
-async def test_readable(service: Local, sent: bytes, status: int) -> None:
+async def test_readable(service: InProcessService, sent: bytes, status: int) -> None:
     """Every answer, errors included, may be read by a page of an allowed origin, and has the request's id."""
     async with service.caller() as caller:
         await caller.send(sent.replace(b"\r\n", f"\r\nOrigin: {PAGE}\r\nX-Request-ID: a.B_0-9\r\n".encode(), 1))
@@ -334,7 +334,7 @@ async def test_readable(service: Local, sent: bytes, status: int) -> None:
 
 
 async def test_readable_mistake(
-    service: Local, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    service: InProcessService, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """So is a mistake of ours, which is told without its words."""
     monkeypatch.setattr("chatproxy.formats.plain.decode_body", lambda *_: int("canary"))
@@ -355,7 +355,7 @@ def readable(response: httpx.Response, page: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/api/chat", "/api/chat/x", "/api/chat/x/stream", "/nowhere"])
-async def test_preflight(service: Local, path: str) -> None:
+async def test_preflight(service: InProcessService, path: str) -> None:
     """A browser that asks first is told what it may send."""
     asked = {"Origin": PAGE, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
     response = await service.client.options(path, headers=asked)
@@ -369,7 +369,7 @@ async def test_preflight(service: Local, path: str) -> None:
     }
 
 
-async def test_preflight_of_an_sdk(service: Local) -> None:
+async def test_preflight_of_an_sdk(service: InProcessService) -> None:
     """OpenAI's SDKs send a family of names that grows; any other name is not allowed by being asked for."""
     names = "x-stainless-lang,X-Stainless-Retry-Count, openai-organization,x-evil,x-stainless-a b"
     asked = {"Origin": PAGE, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": names}
@@ -379,7 +379,7 @@ async def test_preflight_of_an_sdk(service: Local) -> None:
     assert not {name for name in allowed if "evil" in name or " " in name}
 
 
-async def test_no_origin_no_cors(service: Local) -> None:
+async def test_no_origin_no_cors(service: InProcessService) -> None:
     """Without an origin nothing is allowed to any, but caches are told that it depends."""
     response = await service.client.get("/healthz")
     assert "Access-Control-Allow-Origin" not in response.headers
@@ -390,13 +390,13 @@ async def test_no_origin_no_cors(service: Local) -> None:
 
 
 @pytest.mark.parametrize("sent", ["a", "A-b_c.9", "x" * 128])
-async def test_request_id_in_every_answer(service: Local, sent: str) -> None:
+async def test_request_id_in_every_answer(service: InProcessService, sent: str) -> None:
     """A sane id of the caller's is kept."""
     assert (await service.client.get("/healthz", headers={"X-Request-ID": sent})).headers["X-Request-ID"] == sent
 
 
 @pytest.mark.parametrize("sent", [None, "", "x" * 129, "a b", "a,b", "\u00e4", "a;b", '"a"', "a/b"])
-async def test_new_request_id(service: Local, sent: str | None) -> None:
+async def test_new_request_id(service: InProcessService, sent: str | None) -> None:
     """Any other is replaced, each time by another."""
     seen = set()
     for _ in range(2):

@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 from uvicorn.server import HANDLED_SIGNALS
 
-from tests.conftest import HI, PATIENCE, Live, Service, failure, refusal, serving, spawned
+from tests.conftest import HI, TIMEOUT, LiveStream, Service, failure, refusal, serving, spawned
 from tests.readers import DONE, Event, answer
 from tests.upstream import HANG, STREAM_HEAD, Call, Gate, Step, Steps, Upstream, chunk, error, frame, piece, stream
 
@@ -48,7 +48,7 @@ async def stopping(service: Service) -> None:
 
 
 @asynccontextmanager
-async def begun(service: Service, content: str) -> AsyncIterator[Live]:
+async def begun(service: Service, content: str) -> AsyncIterator[LiveStream]:
     """A stream whose first token has come."""
     async with service.asking(content) as live:
         assert (await live.event()).data == "a"
@@ -156,12 +156,12 @@ async def test_resumable_while_draining() -> None:
     async with Upstream(endless()) as grok, spawned(grok.url, drain_timeout=DRAIN_TIMEOUT) as service:
         created = (await service.ask(headers={"Accept": "application/json"})).json()
         async with service.client.stream("GET", created["url"]) as response:
-            live = Live(response)
+            live = LiveStream(response)
             first = await live.event()
             service.process.terminate()
             await stopping(service)
             async with service.client.stream("GET", created["url"], headers={"Last-Event-ID": first.id}) as again:
-                other = Live(again)
+                other = LiveStream(again)
                 assert again.status_code == 200
                 *_, last = await live.rest()
                 assert [*(await other.rest())][-1] == last
@@ -174,13 +174,13 @@ async def test_resumable_while_draining() -> None:
 async def test_unread_while_draining() -> None:
     """A resumable answer that nobody reads just then is waited for like any other, and can be read."""
     gate = Gate()
-    async with Upstream(stream("a", gate, "b")) as grok, spawned(grok.url, drain_timeout=PATIENCE) as service:
+    async with Upstream(stream("a", gate, "b")) as grok, spawned(grok.url, drain_timeout=TIMEOUT) as service:
         created = (await service.ask(headers={"Accept": "application/json"})).json()
         service.process.terminate()
         with pytest.raises(TimeoutError):
             await service.exit_code(within=0.5)
         async with service.client.stream("GET", created["url"]) as response:
-            live = Live(response)
+            live = LiveStream(response)
             assert (await live.event()).data == "a"
             gate.open()
             assert [event.data for event in await live.rest()] == ["b", DONE]

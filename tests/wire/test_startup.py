@@ -16,7 +16,7 @@ import httpx
 import pytest
 import trustme
 
-from tests.conftest import KEY, MEASURED, PATIENCE, ROOT, free_port, refusal, spawned
+from tests.conftest import KEY, MEASURED, ROOT, TIMEOUT, free_port, refusal, spawned
 from tests.readers import answer
 from tests.upstream import Upstream
 
@@ -134,7 +134,7 @@ def health_check() -> list[str]:
 
 
 async def status(url: str) -> int:
-    async with httpx.AsyncClient(trust_env=False, timeout=PATIENCE) as client:
+    async with httpx.AsyncClient(trust_env=False, timeout=TIMEOUT) as client:
         return (await client.get(url)).status_code
 
 
@@ -169,7 +169,7 @@ async def test_host(host: str, told: str, ipv4: bool, ipv6: bool) -> None:
                 with pytest.raises(httpx.ConnectError):
                     await status(f"http://{address}:{port}/openapi.json")
         check = await asyncio.create_subprocess_exec(*health_check(), env={"HOST": host, "PORT": str(port)})
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             assert await check.wait() == 0
     finally:
         process.terminate()
@@ -242,7 +242,7 @@ async def ends_in_order(directory: Path, number: signal.Signals, name: str) -> N
             writer = await writing_end(directory / name)
         try:
             process.send_signal(number)
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(TIMEOUT):
                 assert await process.wait() == 0
             assert await process.stderr.read() == b""
         finally:

@@ -10,7 +10,7 @@ from itertools import chain, repeat
 import pytest
 
 from chatproxy.config.timing import Timing
-from tests.conftest import HI, Caller, Local, Service, failure, refusal, serving
+from tests.conftest import HI, Caller, InProcessService, Service, failure, refusal, serving
 from tests.readers import answer
 from tests.upstream import (
     DONE,
@@ -43,16 +43,16 @@ LONG: dict[str, float] = {
 }
 SHORT = 0.3
 
-Services = Callable[..., Awaitable[Local]]
+Services = Callable[..., Awaitable[InProcessService]]
 
 
 @pytest.fixture(scope="module")
 async def services(grok: Upstream) -> AsyncIterator[Services]:
     """One service for each set of changes to the long clocks, made when it is first asked for."""
-    made: dict[tuple[tuple[str, float], ...], Local] = {}
+    made: dict[tuple[tuple[str, float], ...], InProcessService] = {}
     async with AsyncExitStack() as stack:
 
-        async def service(**changes: float) -> Local:
+        async def service(**changes: float) -> InProcessService:
             key = tuple(changes.items())
             if key not in made:
                 made[key] = await stack.enter_async_context(serving(grok.url, **{**LONG, **changes}))
@@ -129,7 +129,7 @@ async def test_connect_timeout_with_tls() -> None:
 @pytest.mark.parametrize("begun", [[], [STREAM_HEAD]], ids=["no headers", "headers"])
 async def test_first_token_timeout(grok: Upstream, services: Services, hold: float, begun: list[Step]) -> None:
     """No chunk within FIRST_TOKEN_TIMEOUT of the request."""
-    grok.play([*begun, HANG])
+    grok.set_scripts([*begun, HANG])
     code, seconds = await told(await services(first_token_timeout=SHORT, status_hold=hold), hold)
     assert code == "first_token_timeout"
     assert SHORT <= seconds < SHORT + 1
@@ -142,7 +142,7 @@ async def test_first_token_timeout_in_silence(
     grok: Upstream, services: Services, hold: float, silence: Callable[[], Steps]
 ) -> None:
     """What is no chunk is no progress."""
-    grok.play(chain([STREAM_HEAD], silence()))
+    grok.set_scripts(chain([STREAM_HEAD], silence()))
     code, seconds = await told(await services(first_token_timeout=SHORT, status_hold=hold), hold)
     assert code == "first_token_timeout"
     assert SHORT <= seconds < SHORT + 1
@@ -154,7 +154,7 @@ async def test_idle_timeout(grok: Upstream, services: Services, silence: Callabl
     """No chunk for IDLE_TIMEOUT after the last one; what was said before has arrived."""
     loop = asyncio.get_running_loop()
     service = await services(idle_timeout=SHORT, keep_alive=0.1)
-    grok.play(chain([STREAM_HEAD, piece(FIRST)], silence()))
+    grok.set_scripts(chain([STREAM_HEAD, piece(FIRST)], silence()))
     async with asyncio.timeout(5), service.asking() as live:
         assert (await live.event()).data == "a"
         began = loop.time()
@@ -190,7 +190,7 @@ async def test_stream_timeout(grok: Upstream, services: Services, script: Callab
     """STREAM_TIMEOUT after the request it is over, however steadily the text comes."""
     loop = asyncio.get_running_loop()
     service = await services(stream_timeout=SHORT)
-    grok.play(script())
+    grok.set_scripts(script())
     began = loop.time()
     async with asyncio.timeout(5), service.asking() as live:
         *text, event = await live.rest()
@@ -216,7 +216,7 @@ async def test_stream_timeout_before_the_first_chunk(
     grok: Upstream, services: Services, script: Callable[[], Steps], hold: float
 ) -> None:
     """It counts from the request, so it may strike first of all, whatever is waited for."""
-    grok.play(script())
+    grok.set_scripts(script())
     code, seconds = await told(await services(stream_timeout=SHORT, grok_retries=1, status_hold=hold), hold)
     assert code == "stream_timeout"
     assert SHORT <= seconds < SHORT + 1
@@ -371,10 +371,10 @@ async def test_keep_alives_in_all_waits() -> None:
 
 
 @pytest.mark.parametrize("resumable", [False, True], ids=["plain", "resumable"])
-async def test_comments_after_the_finish(grok: Upstream, service: Local, resumable: bool) -> None:
+async def test_comments_after_the_finish(grok: Upstream, service: InProcessService, resumable: bool) -> None:
     """What follows the finish reason gets one second in all, also if it is comments without end."""
     finished = frame(chunk({"content": "a"}, finish="stop"))
-    grok.play(lambda _: chain(sse(finished)[:2], chain.from_iterable(repeat((0.3, piece(b": ping\n\n")), 40))))
+    grok.set_scripts(lambda _: chain(sse(finished)[:2], chain.from_iterable(repeat((0.3, piece(b": ping\n\n")), 40))))
     loop = asyncio.get_running_loop()
     began = loop.time()
     response = await service.ask(resumable=resumable)

@@ -26,7 +26,7 @@ from tests.upstream import RESET_ON_CLOSE, drop_received, refusing, unreachable
 
 pytestmark = pytest.mark.anyio
 
-PATIENCE = 10.0
+TIMEOUT = 10.0
 CONTEXT = httpx.create_ssl_context()
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"
 STREAM = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -101,7 +101,7 @@ class Server:
     async def __aexit__(self, *_: object) -> None:
         self.listener.close()
         self.stop()
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             await asyncio.gather(*self.playing, return_exceptions=True)
         for mistake in self.mistakes:
             raise mistake  # pragma: no cover -- a test that fails
@@ -174,7 +174,7 @@ async def client(transport: httpx.AsyncBaseTransport, **options: Any) -> AsyncIt
     """A client, and the promise that it leaves no task and no socket behind."""
     tasks, files = asyncio.all_tasks(), open_files()
     options = {"timeout": None, **options}
-    async with asyncio.timeout(PATIENCE), httpx.AsyncClient(transport=transport, **options) as http:
+    async with asyncio.timeout(TIMEOUT), httpx.AsyncClient(transport=transport, **options) as http:
         yield http
     if isinstance(transport, Transport):
         assert (transport.open, transport.idle) == (set(), {})
@@ -187,7 +187,7 @@ def open_files() -> int:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Let the event loop run until this is so."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while not condition():  # noqa: ASYNC110 -- it comes true in the kernel, or in the event loop itself
             await asyncio.sleep(0.001)
 
@@ -1079,7 +1079,7 @@ ENDINGS: dict[str, tuple[Script, Ending]] = {
 async def test_nothing_is_kept(script: Script, end: Ending) -> None:
     """However an exchange ends, its request is freed at once and leaves nothing to the garbage collector."""
     content = bytes(8_000_000)
-    async with Server(script) as server, asyncio.timeout(PATIENCE):
+    async with Server(script) as server, asyncio.timeout(TIMEOUT):
         await kept_nothing(server.url, content, end)
         server.stop()
 
@@ -1131,7 +1131,7 @@ async def test_sent_body_is_not_held(content: bytes) -> None:
 
     arrived = asyncio.Event()
     content = bytes(bytearray(content))
-    async with Server(script) as server, asyncio.timeout(PATIENCE):
+    async with Server(script) as server, asyncio.timeout(TIMEOUT):
         transport = own(server.url)
         before = sys.getrefcount(content)
         waiting = asyncio.create_task(

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from chatproxy import errors
-from tests.conftest import Live, Local, refusal, serving
+from tests.conftest import InProcessService, LiveStream, refusal, serving
 from tests.readers import DONE, Event, comments, standard
 from tests.upstream import CLOSE, HANG, Call, Gate, Step, Steps, Upstream, error, frame, frames, sse, stream
 from tests.wire.test_errors import REFUSALS
@@ -23,7 +23,7 @@ NASTY = ["Hel", "lo\r", "\n\r\n", "[DONE]", "\n[DONE]\n", " \u2028\u0085\0", "\U
 
 
 @pytest.fixture(scope="module")
-async def service(grok: Upstream) -> AsyncIterator[Local]:
+async def service(grok: Upstream) -> AsyncIterator[InProcessService]:
     async with serving(grok.url, max_body_bytes=60_000, max_messages=5) as service:
         yield service
 
@@ -33,7 +33,7 @@ def message(*texts: str, role: str = "user", **fields: object) -> dict[str, Any]
     return {"id": "x", "role": role, "parts": [{"type": "text", "text": text} for text in texts], **fields}
 
 
-async def ask(service: Local, *messages: dict[str, Any], **fields: Any) -> httpx.Response:
+async def ask(service: InProcessService, *messages: dict[str, Any], **fields: Any) -> httpx.Response:
     """What `useChat` posts."""
     headers = fields.pop("headers", {"Accept": "*/*"})
     body = {"id": "chat", "messages": messages or [message("Hi")], "trigger": "submit-message", **fields}
@@ -58,9 +58,9 @@ def text(chunks: list[Any]) -> str:
 # The wire.
 
 
-async def test_stream_of_chunks(grok: Upstream, service: Local) -> None:
+async def test_stream_of_chunks(grok: Upstream, service: InProcessService) -> None:
     """An answer as `useChat` reads it: exactly these bytes, with the headers of every stream and one more."""
-    grok.play(stream("Hel", "lo\r\n", reasoning=["hm"]))
+    grok.set_scripts(stream("Hel", "lo\r\n", reasoning=["hm"]))
     response = await ask(service)
     [first, rest] = response.text.split("\n\n", 1)
     id = re.fullmatch(r'data: \{"type":"start","messageId":"([A-Za-z0-9_-]{22})"\}', first)
@@ -89,9 +89,9 @@ async def test_stream_of_chunks(grok: Upstream, service: Local) -> None:
     assert chunks(await ask(service))[0]["messageId"] != id[1]
 
 
-async def test_text_is_verbatim(grok: Upstream, service: Local) -> None:
+async def test_text_is_verbatim(grok: Upstream, service: InProcessService) -> None:
     """JSON can carry what an event stream cannot: not a character is changed, and no delta is cut or lost."""
-    grok.play(stream(*NASTY))
+    grok.set_scripts(stream(*NASTY))
     told = chunks(await ask(service))
     assert [chunk["delta"] for chunk in told if "delta" in chunk] == NASTY
 
@@ -110,9 +110,9 @@ async def test_keep_alive_between_chunks() -> None:
     assert set(comments(response.content)) == {"keep-alive"}
 
 
-async def test_page_that_stops(grok: Upstream, service: Local) -> None:
+async def test_page_that_stops(grok: Upstream, service: InProcessService) -> None:
     """`stop()` is a closed connection: Grok's is closed at once."""
-    grok.play(stream("a", HANG))
+    grok.set_scripts(stream("a", HANG))
     async with service.caller() as caller:
         await caller.post({"id": "c", "messages": [message("Hi")]})
         await caller.until(b'"delta":"a"}\n\n')
@@ -120,9 +120,9 @@ async def test_page_that_stops(grok: Upstream, service: Local) -> None:
 
 
 @pytest.mark.parametrize("accept", ["application/json", "application/json, text/plain, */*", "*/*", ""])
-async def test_never_an_address(grok: Upstream, service: Local, accept: str) -> None:
+async def test_never_an_address(grok: Upstream, service: InProcessService, accept: str) -> None:
     """Whatever it accepts, it gets the stream."""
-    grok.play(stream("ok"))
+    grok.set_scripts(stream("ok"))
     response = await ask(service, headers={"Accept": accept})
     assert text(chunks(response)) == "ok"
 
@@ -130,9 +130,9 @@ async def test_never_an_address(grok: Upstream, service: Local, accept: str) -> 
 # The request.
 
 
-async def test_history_as_asked(grok: Upstream, service: Local) -> None:
+async def test_history_as_asked(grok: Upstream, service: InProcessService) -> None:
     """Grok gets the texts and nothing else: foreign parts are left out, and so are messages without text."""
-    grok.play(stream("ok"))
+    grok.set_scripts(stream("ok"))
     foreign = [
         {"type": "step-start"},
         {"type": "reasoning", "text": "canary", "state": "done"},
@@ -170,9 +170,9 @@ async def test_history_as_asked(grok: Upstream, service: Local) -> None:
     assert b"canary" not in grok.calls[0].content
 
 
-async def test_chat_id_as_session(grok: Upstream, service: Local) -> None:
+async def test_chat_id_as_session(grok: Upstream, service: InProcessService) -> None:
     """The chat's id makes Grok's prompt cache hit; a session id of the body goes before it."""
-    grok.play(stream("ok"))
+    grok.set_scripts(stream("ok"))
     for fields in ({"id": "a"}, {"id": "a"}, {"id": "b"}, {"id": "b", "sessionId": "a"}):
         await ask(service, **fields)
     first, again, other, named = (call.headers["x-grok-conv-id"] for call in grok.calls)
@@ -180,14 +180,14 @@ async def test_chat_id_as_session(grok: Upstream, service: Local) -> None:
     assert "x-grok-conv-id" not in (await _call(grok, service, id=None)).headers
 
 
-async def _call(grok: Upstream, service: Local, **fields: object) -> Call:
+async def _call(grok: Upstream, service: InProcessService, **fields: object) -> Call:
     await ask(service, **fields)
     return grok.calls[-1]
 
 
-async def test_half_an_emoji_in_a_part(grok: Upstream, service: Local) -> None:
+async def test_half_an_emoji_in_a_part(grok: Upstream, service: InProcessService) -> None:
     """What JavaScript cuts inside an emoji becomes U+FFFD, wherever it is."""
-    grok.play(stream("ok"))
+    grok.set_scripts(stream("ok"))
     body = rb'{"messages": [{"role": "user", "parts": [{"type": "text", "text": "\ud83d!"}], "\ud83d": "\ud83d"}]}'
     response = await service.client.post("/api/chat", content=body, headers={"Content-Type": "application/json"})
     assert text(chunks(response)) == "ok"
@@ -235,9 +235,11 @@ BAD: dict[str, tuple[object, int, str, str | None]] = {
 
 
 @pytest.mark.parametrize(("body", "status", "code", "param"), BAD.values(), ids=BAD.keys())
-async def test_bad_chats(grok: Upstream, service: Local, body: object, status: int, code: str, param: str) -> None:
+async def test_bad_chats(
+    grok: Upstream, service: InProcessService, body: object, status: int, code: str, param: str
+) -> None:
     """What cannot be answered is refused with the field's name and without its value, and Grok is not asked."""
-    grok.play()
+    grok.set_scripts()
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     response = await service.client.post("/api/chat", content=content, headers={"Content-Type": "application/json"})
     problem = refusal(response)
@@ -246,9 +248,9 @@ async def test_bad_chats(grok: Upstream, service: Local, body: object, status: i
     assert grok.calls == []
 
 
-async def test_refused_message_in_the_history(grok: Upstream, service: Local) -> None:
+async def test_refused_message_in_the_history(grok: Upstream, service: InProcessService) -> None:
     """A file that was refused stays in the page's history, and does not end the chat."""
-    grok.play(stream("ok"))
+    grok.set_scripts(stream("ok"))
     response = await ask(service, {"role": "user", "parts": [FILE, {"type": "text", "text": "Look"}]}, message("Well?"))
     assert text(chunks(response)) == "ok"
     assert [turn["content"] for turn in grok.calls[0].body["messages"]] == ["Look", "Well?"]
@@ -278,16 +280,18 @@ async def test_nothing_but_parts(part: bytes) -> None:
         (stream(""), errors.EmptyAnswer),
     ],
 )
-async def test_failed_message(grok: Upstream, service: Local, script: list[Step], code: type[errors.ChatError]) -> None:
+async def test_failed_message(
+    grok: Upstream, service: InProcessService, script: list[Step], code: type[errors.ChatError]
+) -> None:
     """A failure after the status is an `error` chunk with our sentence, and the last one."""
-    grok.play(script)
+    grok.set_scripts(script)
     *_, end = chunks(await ask(service))
     assert end == {"type": "error", "errorText": code.message}
 
 
-async def test_failure_after_its_usage(grok: Upstream, service: Local) -> None:
+async def test_failure_after_its_usage(grok: Upstream, service: InProcessService) -> None:
     """What Grok had told of the end becomes metadata of the message that failed."""
-    grok.play([*stream("a", finish=None, done=False), CLOSE])
+    grok.set_scripts([*stream("a", finish=None, done=False), CLOSE])
     *_, metadata, end = chunks(await ask(service))
     assert metadata["type"] == "message-metadata"
     assert metadata["messageMetadata"]["usage"]["outputTokens"] == 8
@@ -352,7 +356,7 @@ async def test_own_refusals(
     grok: Upstream, settings: dict[str, Any], request_: dict[str, Any], status: int, code: str
 ) -> None:
     """What the service itself refuses has the status that everybody gets, and Grok is not asked."""
-    grok.play(stream("a", HANG))
+    grok.set_scripts(stream("a", HANG))
     settings = {**settings, "max_body_bytes": 80} if code == "body_too_large" else settings
     async with serving(grok.url, **settings) as service, service.caller() as caller:
         running = 0
@@ -374,17 +378,17 @@ def uuid() -> str:
     return str(uuid4())
 
 
-async def come_back(service: Local, chat: str, **headers: str) -> httpx.Response:
+async def come_back(service: InProcessService, chat: str, **headers: str) -> httpx.Response:
     """What `useChat` sends on a page load."""
     return await service.client.get(f"/api/chat/{chat}/stream", headers=headers)
 
 
-async def test_reload_of_a_chat(grok: Upstream, service: Local) -> None:
+async def test_reload_of_a_chat(grok: Upstream, service: InProcessService) -> None:
     """A page that is loaded again gets the answer from its start, under the same message id, and Grok is asked once."""
     gate, chat = Gate(), uuid()
-    grok.play(stream("a", gate, "b\r\n"))
+    grok.set_scripts(stream("a", gate, "b\r\n"))
     async with service.client.stream("POST", "/api/chat", json=ui_body(chat)) as response:
-        live = Live(response)
+        live = LiveStream(response)
         start = json.loads((await live.event()).data)
         while '"delta":"a"' not in (await live.event()).data:
             pass
@@ -395,7 +399,7 @@ async def test_reload_of_a_chat(grok: Upstream, service: Local) -> None:
         assert response.headers["X-Vercel-AI-UI-Message-Stream"] == "v1"
         assert response.headers["X-Resumable-Stream-Id"] == own
         gate.open()
-        events = await Live(response).rest()
+        events = await LiveStream(response).rest()
     told = read(events)
     assert told[0] == start == {"type": "start", "messageId": own}
     assert (text(told), told[-1]) == ("ab\r\n", DONE)
@@ -408,9 +412,9 @@ def ui_body(chat: str | None, **fields: object) -> dict[str, Any]:
     return {"id": chat, "messages": [message("Hi")], "resumable": True, **fields}
 
 
-async def test_nothing_to_come_back_to(grok: Upstream, service: Local) -> None:
+async def test_nothing_to_come_back_to(grok: Upstream, service: InProcessService) -> None:
     """On every page load `useChat` asks; where nothing is left to read, the answer is 204. Our own ids get a 404."""
-    grok.play(stream("a"))
+    grok.set_scripts(stream("a"))
     chat = uuid()
     assert (await come_back(service, chat)).status_code == 204
     response = await ask(service, id=chat, resumable=True)
@@ -426,11 +430,11 @@ async def test_nothing_to_come_back_to(grok: Upstream, service: Local) -> None:
 
 
 @pytest.mark.parametrize("chat", ["chat", "aBcDeFgHiJkLmNoP", "0" * 22, "{}", None])
-async def test_ids_that_can_be_guessed(grok: Upstream, service: Local, chat: str | None) -> None:
+async def test_ids_that_can_be_guessed(grok: Upstream, service: InProcessService, chat: str | None) -> None:
     """A chat id that is no UUID opens nothing: the answer can be read by its own id only."""
-    grok.play(stream("a", HANG))
+    grok.set_scripts(stream("a", HANG))
     async with service.client.stream("POST", "/api/chat", json=ui_body(chat)) as response:
-        live = Live(response)
+        live = LiveStream(response)
         await live.event()
         assert (await come_back(service, str(chat))).status_code == (404 if chat == "0" * 22 else 204)
         await service.client.delete(f"/api/chat/{chat}")
@@ -441,31 +445,31 @@ async def test_ids_that_can_be_guessed(grok: Upstream, service: Local, chat: str
     assert end == {"type": "error", "errorText": errors.Stopped.message}
 
 
-async def test_not_resumable_by_chat_id(grok: Upstream, service: Local) -> None:
+async def test_not_resumable_by_chat_id(grok: Upstream, service: InProcessService) -> None:
     """Where the page did not ask for it, a chat id opens nothing, and a closed connection is the end."""
-    grok.play(stream("a", HANG))
+    grok.set_scripts(stream("a", HANG))
     chat, key = uuid(), {"Idempotency-Key": uuid()}
     body = ui_body(chat, resumable=False)
     async with service.client.stream("POST", "/api/chat", json=body, headers=key) as response:
-        await Live(response).event()
+        await LiveStream(response).event()
         assert (await come_back(service, chat)).status_code == 204
         await service.client.delete(f"/api/chat/{response.headers['X-Resumable-Stream-Id']}")
-    grok.play(stream("a", HANG))
+    grok.set_scripts(stream("a", HANG))
     async with service.client.stream("POST", "/api/chat", json=ui_body(chat, resumable=False)) as response:
-        await Live(response).event()
+        await LiveStream(response).event()
         assert (await come_back(service, chat)).status_code == 204
     await grok.calls[0].hung_up()
 
 
 @pytest.mark.parametrize("method", ["POST", "DELETE"])
-async def test_stop_by_chat_id(grok: Upstream, service: Local, method: str) -> None:
+async def test_stop_by_chat_id(grok: Upstream, service: InProcessService, method: str) -> None:
     """The chat's id stops the answer, whoever reads it, and is idempotent."""
-    grok.play(stream("a", HANG))
+    grok.set_scripts(stream("a", HANG))
     chat = uuid()
     path = f"/api/chat/{chat}/stop" if method == "POST" else f"/api/chat/{chat}"
     assert (await service.client.request(method, path)).status_code == 204
     async with service.client.stream("POST", "/api/chat", json=ui_body(chat)) as response:
-        live = Live(response)
+        live = LiveStream(response)
         await live.event()
         assert (await service.client.request(method, path)).status_code == 204
         *_, end = read(await live.rest())
@@ -474,18 +478,18 @@ async def test_stop_by_chat_id(grok: Upstream, service: Local, method: str) -> N
     assert (await service.client.request(method, path)).status_code == 204
 
 
-async def test_next_answer_of_a_chat(grok: Upstream, service: Local) -> None:
+async def test_next_answer_of_a_chat(grok: Upstream, service: InProcessService) -> None:
     """The next answer takes the chat's id over; the one before keeps its own."""
     chat, gate = uuid(), Gate()
-    grok.play(stream("first", HANG), stream("second", gate))
+    grok.set_scripts(stream("first", HANG), stream("second", gate))
     async with service.client.stream("POST", "/api/chat", json=ui_body(chat)) as response:
-        await Live(response).event()
+        await LiveStream(response).event()
         first = response.headers["X-Resumable-Stream-Id"]
         async with service.client.stream("POST", "/api/chat", json=ui_body(chat)) as second:
-            await Live(second).event()
+            await LiveStream(second).event()
         async with service.client.stream("GET", f"/api/chat/{chat}/stream") as again:
             gate.open()
-            assert text(read(await Live(again).rest())) == "second"
+            assert text(read(await LiveStream(again).rest())) == "second"
         await service.client.delete(f"/api/chat/{chat}")
         assert grok.playing == 1
         await service.client.delete(f"/api/chat/{first}")
@@ -493,11 +497,11 @@ async def test_next_answer_of_a_chat(grok: Upstream, service: Local) -> None:
     assert len(grok.calls) == 2
 
 
-async def test_reload_before_the_status(grok: Upstream, service: Local) -> None:
+async def test_reload_before_the_status(grok: Upstream, service: InProcessService) -> None:
     """A page may be loaded again while Grok thinks: the answer goes on, and a refusal has a true status."""
     for script, expected in ((stream("a"), 200), (error(401, {"error": "x"}), 502)):
         gate, chat = Gate(), uuid()
-        grok.play([gate, *script])
+        grok.set_scripts([gate, *script])
         async with service.caller() as caller:
             await caller.post(ui_body(chat))
             await asyncio.wait_for(gate.reached.wait(), 10)
@@ -517,13 +521,13 @@ async def test_reload_before_the_status(grok: Upstream, service: Local) -> None:
 
 async def test_refused_answers_take_no_name(grok: Upstream) -> None:
     """An answer that was not started leaves the chat's id to the one before."""
-    grok.play(stream("a", HANG))
+    grok.set_scripts(stream("a", HANG))
     chat = uuid()
     async with (
         serving(grok.url, rate_limit="1/hour") as service,
         service.client.stream("POST", "/api/chat", json=ui_body(chat)) as response,
     ):
-        live = Live(response)
+        live = LiveStream(response)
         await live.event()
         assert (await ask(service, id=chat, resumable=True)).status_code == 429
         assert (await service.client.delete(f"/api/chat/{chat}")).status_code == 204
@@ -534,7 +538,7 @@ async def test_refused_answers_take_no_name(grok: Upstream) -> None:
 async def test_forgotten_chats(grok: Upstream) -> None:
     """A chat's id is forgotten with its answer."""
     gate, chat = Gate(), uuid()
-    grok.play(stream("a", gate))
+    grok.set_scripts(stream("a", gate))
     async with serving(grok.url, replay_ttl=0.3) as service:
         async with service.caller() as caller:
             await caller.post(ui_body(chat))
@@ -550,13 +554,13 @@ async def test_forgotten_chats(grok: Upstream) -> None:
     assert len(grok.calls) == 1
 
 
-async def test_last_event_id_of_a_message(grok: Upstream, service: Local) -> None:
+async def test_last_event_id_of_a_message(grok: Upstream, service: InProcessService) -> None:
     """Who knows the id of the last event, gets what lies after it: by GET with either name, and by POST."""
-    grok.play(stream("a", "b"))
+    grok.set_scripts(stream("a", "b"))
     gate, chat = Gate(), uuid()
-    grok.play(stream("a", "b", gate))
+    grok.set_scripts(stream("a", "b", gate))
     async with service.client.stream("POST", "/api/chat", json=ui_body(chat)) as response:
-        live = Live(response)
+        live = LiveStream(response)
         while '"delta":"a"' not in (event := await live.event()).data:
             pass
         own = response.headers["X-Resumable-Stream-Id"]
@@ -571,9 +575,9 @@ async def test_last_event_id_of_a_message(grok: Upstream, service: Local) -> Non
     assert len(grok.calls) == 1
 
 
-async def test_same_key_same_message(grok: Upstream, service: Local) -> None:
+async def test_same_key_same_message(grok: Upstream, service: InProcessService) -> None:
     """An idempotency key makes the POST safe to repeat here, too; with another body it is refused."""
-    grok.play(stream("a"))
+    grok.set_scripts(stream("a"))
     headers = {"Idempotency-Key": uuid()}
     first, again = [await ask(service, headers=headers) for _ in range(2)]
     assert first.content == again.content
@@ -591,7 +595,7 @@ async def test_cut_anywhere(grok: Upstream) -> None:
     end = len(answer) - 3
     whole = "".join(deltas)
 
-    async def cut(service: Local, gates: dict[str, Gate], position: int) -> bool:
+    async def cut(service: InProcessService, gates: dict[str, Gate], position: int) -> bool:
         chat, gate = uuid(), Gate()
         gates[str(position)] = gate
         async with service.caller() as caller:
@@ -607,7 +611,7 @@ async def test_cut_anywhere(grok: Upstream) -> None:
         async with service.client.stream("GET", f"/api/chat/{chat}/stream") as response:
             assert response.status_code == 200
             gate.open()
-            told = read(await Live(response).rest())
+            told = read(await LiveStream(response).rest())
         assert (text(told), told[-1]) == (whole, DONE)
         return True
 

@@ -13,7 +13,7 @@ import pytest
 import trustme
 
 from chatproxy.services.grok.network import ProxyTransport
-from tests.conftest import HI, PATIENCE, refusal, serving
+from tests.conftest import HI, TIMEOUT, refusal, serving
 from tests.readers import answer
 from tests.upstream import CLOSE, HANG, Gate, Step, Upstream, error, stream
 
@@ -57,7 +57,7 @@ class Proxy:
         """Wait until it has no connection any more."""
         await self.until(lambda: not self._tasks)
 
-    async def until(self, true: Callable[[], bool], within: float = PATIENCE) -> None:
+    async def until(self, true: Callable[[], bool], within: float = TIMEOUT) -> None:
         """Wait until something about its connections has become true."""
         async with asyncio.timeout(within):
             while not true():
@@ -234,7 +234,7 @@ async def test_silent_proxy(scheme: str, https: bool, logged: Callable[[], list[
             started = loop.time()
             response = await service.ask()
             assert (response.status_code, refusal(response)["code"]) == (504, "connect_timeout")
-            assert SHORT * 0.9 < loop.time() - started < PATIENCE
+            assert SHORT * 0.9 < loop.time() - started < TIMEOUT
         await proxy.closed()
     assert logged() == ["connect_timeout: no connection in time"]
 
