@@ -6,9 +6,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import NamedTuple
 
 import anyio
+from anyio.abc import TaskGroup
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from chatproxy.config import Settings
 from chatproxy.config.timing import DEFAULT_TIMING, Timing
@@ -17,6 +19,7 @@ from chatproxy.metrics import Metrics
 from chatproxy.middleware import HostMiddleware, OriginMiddleware, RequestLogMiddleware
 from chatproxy.routes import handle_http_exception, routes
 from chatproxy.routes.state import AppState
+from chatproxy.services.access import Authenticator
 from chatproxy.services.grok.client import Grok
 from chatproxy.services.grok.demo import demo
 from chatproxy.services.limits import BodyMemory, Concurrency, MemoryRateLimiter, RateLimiter, ReaderLimit
@@ -53,6 +56,19 @@ async def _shared(settings: Settings, metrics: Metrics, grok: Grok, timing: Timi
         yield Shared(streams, replicas.rate_limiter, replicas.concurrency, replicas.commands)
 
 
+def _authenticator(settings: Settings, timing: Timing, tasks: TaskGroup) -> Authenticator:
+    if settings.auth_jwks_url is None and settings.auth_jwt_secret is None:
+        return Authenticator(settings)
+    from chatproxy.services.identity.jwks import JWKS  # noqa: PLC0415 -- the same
+    from chatproxy.services.identity.tokens import JWTVerifier, SharedSecret  # noqa: PLC0415 -- slow, and of no use to others
+
+    if settings.auth_jwt_secret is not None:
+        return Authenticator(settings, JWTVerifier(settings, SharedSecret(settings.auth_jwt_secret)))
+    keys = JWKS(settings, timing)
+    tasks.start_soon(keys.run)
+    return Authenticator(settings, JWTVerifier(settings, keys))
+
+
 def create_app(settings: Settings, timing: Timing = DEFAULT_TIMING) -> Starlette:
     """The service as an ASGI application. What it holds open lives as long as its lifespan.
 
@@ -84,6 +100,7 @@ def create_app(settings: Settings, timing: Timing = DEFAULT_TIMING) -> Starlette
                 "timing": timing,
                 "metrics": metrics,
                 "lifecycle": lifecycle,
+                "authenticator": _authenticator(settings, timing, tasks),
                 "grok": grok,
                 "streams": shared.streams,
                 "rate_limiter": shared.rate_limiter,
@@ -98,6 +115,7 @@ def create_app(settings: Settings, timing: Timing = DEFAULT_TIMING) -> Starlette
         lifespan=lifespan,
         middleware=[
             Middleware(RequestLogMiddleware, metrics, lifecycle),
+            Middleware(ProxyHeadersMiddleware, settings.forwarded_allow_ips),  # after the peer was noted
             Middleware(OriginMiddleware, settings),  # before the next, so that a page can read its refusal
             Middleware(HostMiddleware, settings),
         ],

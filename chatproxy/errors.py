@@ -121,6 +121,12 @@ class RateLimited(RequestError):
     retry_after = 1
 
 
+class BudgetSpent(RequestError):
+    status, code = 429, "budget_spent"
+    message = "The tokens that this service grants are used up for now. Wait for Retry-After seconds."
+    retry_after = 10
+
+
 class NotFound(RequestError):
     status, code = 404, "not_found"
     message = "There is nothing at this path."
@@ -203,6 +209,12 @@ class ReplayLost(ServiceError):
 class StoreUnavailable(ServiceError):
     status, code = 503, "store_unavailable"
     message = "The answers that are kept for later cannot be reached. Try again shortly."
+    retry_after = 5
+
+
+class AuthUnavailable(ServiceError):
+    status, code = 503, "auth_unavailable"
+    message = "Who you are cannot be checked now: the identity provider's keys cannot be had. Try again shortly."
     retry_after = 5
 
 

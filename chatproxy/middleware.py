@@ -68,7 +68,7 @@ class RequestLogMiddleware:
         given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"]
         request_id = given[0] if len(given) == 1 and REQUEST_ID.fullmatch(given[0]) else secrets.token_hex(16)
         logs.request_id.set(request_id)
-        context = RequestContext(request_id)
+        context = RequestContext(request_id, scope["client"][0] if scope.get("client") else None)
         # Some servers have no state, and others share one among requests.
         scope["state"] = {**scope.get("state", {}), "context": context}
 
@@ -100,7 +100,7 @@ class RequestLogMiddleware:
         route = scope["route"].path if "route" in scope else "-"
         fields: dict[str, object] = {
             "request_id": context.request_id,
-            "client": scope["client"][0] if scope.get("client") else None,
+            "client": context.client or (scope["client"][0] if scope.get("client") else None),
             "method": scope["method"],
             "route": route,
             "status": context.status or None,  # None: the client disconnected before there was one

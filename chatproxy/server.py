@@ -87,7 +87,7 @@ class Server(uvicorn.Server):
                 server_header=False,
                 ws="none",
                 root_path=settings.root_path,
-                forwarded_allow_ips=settings.forwarded_allow_ips,
+                proxy_headers=False,  # the application does that itself
                 timeout_keep_alive=KEEPALIVE_TIMEOUT,
                 timeout_graceful_shutdown=1,
             )

@@ -3,15 +3,13 @@
 Knows the variables' names and defaults. Does not know where they come from.
 """
 
-import re
-from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from msgspec import Meta, Struct
 
-from chatproxy.config import proxies, values
+from chatproxy.config import contradictions, misspelt, proxies, values
 
 
 class Invalid(ValueError):
@@ -57,11 +55,18 @@ class Settings(Struct, frozen=True, kw_only=True):
     allowed_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
     access_tokens: tuple[Secret, ...] = ()
+    auth_jwks_url: str | None = None
+    auth_jwt_secret: Secret | None = None
+    auth_issuer: str | None = None
+    auth_audience: str | None = None
+    auth_claim: str = "sub"
+    auth_header: str | None = None
     rate_limit: "RateLimit | None" = None
     max_streams_per_client: Count | None = None
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
+    log_clients: bool = False
 
     max_body_bytes: Count = 1_000_000
     max_messages: Count = 500
@@ -89,6 +94,7 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     # Not variables of their own, but made of several.
     proxy: Secret | None = None  # the URL of the proxy that leads to `grok_base_url`; it may hold a password
+    auth_proxy: Secret | None = None  # the same for `auth_jwks_url`
     warnings: tuple[str, ...] = ()  # what is allowed, but may not be meant
 
 
@@ -100,20 +106,25 @@ class RateLimit(Struct, frozen=True):
 
 
 # Made from other variables than the one that would have its name.
-DERIVED = ("proxy", "warnings")
+DERIVED = ("proxy", "auth_proxy", "warnings")
 
 # Their values are never shown. (People write passwords into addresses.)
-UNSHOWN = {"GROK_API_KEY", "XAI_API_KEY", "GROK_BASE_URL", "ACCESS_TOKENS", "SYSTEM_PROMPT", "REDIS_URL"}
+UNSHOWN = {
+    "GROK_API_KEY",
+    "XAI_API_KEY",
+    "GROK_BASE_URL",
+    "ACCESS_TOKENS",
+    "SYSTEM_PROMPT",
+    "REDIS_URL",
+    "AUTH_JWT_SECRET",
+}
 
 # Read besides the variables that are named after an attribute.
 ALIASES = ("XAI_API_KEY", "GROK_API_KEY_FILE")
-FILES = ("REDIS_URL_FILE",)
+FILES = {"REDIS_URL_FILE": values.redis_url, "AUTH_JWT_SECRET_FILE": values.jwt_secret}
 
 # The built-in demo is on this machine, and needs neither certificates nor a proxy.
 FOR_GROK_ONLY = ("SSL_CERT_FILE", "SSL_CERT_DIR")
-
-# What Kubernetes sets for a service named `grok`, and names of another company.
-OTHERS = re.compile(r"GROK_(SERVICE_(HOST|PORT)|PORT)(_\w+)?|GROQ_\w+")
 
 
 def variables() -> list[str]:
@@ -140,14 +151,16 @@ def load(environ: Mapping[str, str], problems: Iterable[str] = ()) -> Settings:
         except ValueError as error:
             shown = "" if variable in UNSHOWN else f", not {given[variable][:80]!r}"
             found.append(f"{variable}: {_rule(field.type, error)}{shown}")
-    found += _redis(read, given)
-    if read.get("grok_tools") and read.get("grok_api") != "responses":
-        found.append("GROK_TOOLS: expected only with GROK_API=responses, for the other API has no tools")
+    for name, parse in FILES.items():
+        found += _from_file(name, parse, read, given)
+    found += contradictions.find(read, given)
     if not demo:
-        found += _way_out(read, environ)
+        found += _way_out(read, "proxy", read.get("grok_base_url", Settings().grok_base_url), environ)
+    if "auth_jwks_url" in read:
+        found += [each for each in _way_out(read, "auth_proxy", read["auth_jwks_url"], environ) if each not in found]
     if found:
         raise Invalid("\n".join(found))
-    return Settings(**read, warnings=(*_warnings(Settings(**read)), *_unknown(environ)))
+    return Settings(**read, warnings=(*_warnings(Settings(**read)), *misspelt.warnings(environ, variables())))
 
 
 def _keys(given: Mapping[str, str]) -> tuple[set[str], list[str]]:
@@ -165,16 +178,17 @@ def _keys(given: Mapping[str, str]) -> tuple[set[str], list[str]]:
     return keys, problems
 
 
-def _redis(read: dict[str, Any], given: Mapping[str, str]) -> list[str]:
-    """Take the address from its file, and find what is wrong with that."""
-    if "REDIS_URL_FILE" not in given:
+def _from_file(name: str, parse: Callable[[str], str], read: dict[str, Any], given: Mapping[str, str]) -> list[str]:
+    """Take a secret from the file that this variable names, and find what is wrong with that."""
+    if name not in given:
         return []
     try:
-        url = values.redis_url(values.secret_file(given["REDIS_URL_FILE"]))
+        value = parse(values.secret_file(given[name]))
     except ValueError as error:
-        return [f"REDIS_URL_FILE: {error}"]
-    if read.setdefault("redis_url", Secret(url)) != url:
-        return ["REDIS_URL and REDIS_URL_FILE: expected one address, but they differ"]
+        return [f"{name}: {error}"]
+    variable = name.removesuffix("_FILE")
+    if read.setdefault(variable.lower(), Secret(value)) != value:
+        return [f"{variable} and {name}: expected one value, but they differ"]
     return []
 
 
@@ -200,13 +214,13 @@ def _rule(type_: Any, error: ValueError) -> str:
     return rule[:1].lower() + rule[1:]
 
 
-def _way_out(read: dict[str, Any], environ: Mapping[str, str]) -> list[str]:
-    """Find the proxy on the way to Grok, and what is wrong on that way."""
+def _way_out(read: dict[str, Any], field: str, url: str, environ: Mapping[str, str]) -> list[str]:
+    """Find the proxy on the way to that address, and what is wrong on that way."""
     problems: list[str] = []
-    if proxy := proxies.find(read.get("grok_base_url", Settings().grok_base_url), environ):
+    if proxy := proxies.find(url, environ):
         name, value = proxy
         try:
-            read["proxy"] = Secret(proxies.parse(value))
+            read[field] = Secret(proxies.parse(value))
         except ValueError:
             problems.append(f"{name}: {proxies.EXPECTED}")
         name, value = proxies.exceptions(environ)
@@ -230,33 +244,9 @@ def _warnings(settings: Settings) -> list[str]:
         warnings.append("SYSTEM_PROMPT is in quotes, and Grok is sent them: Docker's --env-file takes them literally")
     if "*" in settings.allowed_origins:
         warnings.append("ALLOWED_ORIGINS is *: any web page may spend this key's credits")
+    if (settings.auth_jwks_url or settings.auth_jwt_secret) and not settings.auth_audience:
+        warnings.append("AUTH_AUDIENCE is not set: tokens that were made for other services are taken, too")
     return warnings
-
-
-def _unknown(environ: Mapping[str, str]) -> list[str]:
-    """Names that are probably misspelt: those that begin with GROK_, and those that are almost one that is read."""
-    known = [*variables(), *proxies.VARIABLES]
-    warnings = []
-    for name in sorted(environ):
-        if name in known or name.lower() in map(str.lower, proxies.VARIABLES) or OTHERS.fullmatch(name):
-            continue
-        likely = _likely(name.upper(), known)
-        if likely and not environ.get(likely, "").strip():
-            warnings.append(f"{name} is not a setting and counts for nothing: is {likely} meant?")
-        elif name.startswith("GROK_"):
-            warnings.append(f"{name} is not a setting and counts for nothing")
-    return warnings
-
-
-def _likely(name: str, known: list[str]) -> str | None:
-    """The variable that is meant by this name, if it is like one."""
-    if name.startswith(("GROK_", "XAI_")):
-        ours = [word for word in known if word.startswith(("GROK_", "XAI_"))]
-        matches = get_close_matches(name.replace("XAI_", "GROK_", 1), ours, 1, 0.75)
-    else:
-        # Short names (HOST, PORT) are almost like those of many other programs.
-        matches = get_close_matches(name, [word for word in known if len(word) >= 8], 1, 0.88)
-    return matches[0] if matches else None
 
 
 _PARSERS: dict[str, Any] = {
@@ -274,11 +264,15 @@ _PARSERS: dict[str, Any] = {
     "allowed_origins": lambda value: list(values.origins(value)),
     "allowed_hosts": lambda value: list(values.hosts(value)),
     "access_tokens": values.tokens,
+    "auth_jwks_url": values.jwks_url,
+    "auth_jwt_secret": values.jwt_secret,
+    "auth_header": values.header_name,
     "rate_limit": values.rate_limit,
     "redis_url": values.redis_url,
     "redis_prefix": values.redis_prefix,
     "limits_without_redis": str.lower,
     "log_level": str.lower,
     "log_format": str.lower,
+    "log_clients": str.lower,
     "try_page": str.lower,
 }

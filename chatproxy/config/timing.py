@@ -22,6 +22,9 @@ class Timing(Struct, frozen=True, kw_only=True):
     # Before the first retry; twice that before the second, and so on. Called with the least and the most.
     retry_jitter: Callable[[float, float], float] = random.uniform
 
+    # Between two fetches of an identity provider's keys for tokens whose key is unknown, failed ones included.
+    jwks_interval: float = 30.0
+
     # With Redis: how long a replica that has not renewed its lease counts as alive, how often it does (and looks after
     # its answers), and how long an outage may be before readers are told that the rest is lost.
     lease: float = 6.0

@@ -77,6 +77,29 @@ def redis_url(value: str) -> str:
     return value
 
 
+def jwks_url(value: str) -> str:
+    """Where keys are fetched: not in clear over the internet, for whoever answers decides who may call."""
+    rule = "expected an address such as https://auth.example.com/.well-known/jwks.json"
+    url = _split_url(value, rule)
+    if url.scheme != "https" and ((leaves_in_clear(value) and "." in (url.hostname or "")) or url.scheme != "http"):
+        raise ValueError(rule)
+    return value
+
+
+def jwt_secret(value: str) -> str:
+    if not re.fullmatch(r"[\x21-\x7e]{32,}", value):  # as many bytes as the digest, RFC 7518, section 3.2
+        raise ValueError("expected 32 or more visible ASCII characters")
+    return value
+
+
+def header_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9-]+", value):  # no "_": some proxies take it for "-", and others do not
+        raise ValueError("expected the name of a header field, such as X-Forwarded-User")
+    if value.lower() in ("authorization", "cookie", "host", "x-forwarded-for"):
+        raise ValueError("expected a header field that nothing but the proxy sets")
+    return value.lower()
+
+
 def redis_prefix(value: str) -> str:
     # No braces, which mean something to a cluster, and no patterns.
     if not re.fullmatch(r"[A-Za-z0-9._:-]{1,64}", value):

@@ -14,11 +14,11 @@ from chatproxy import sse
 from chatproxy.errors import Draining, InvalidRequest, TooManyMessages
 from chatproxy.events import StreamSummary
 from chatproxy.formats import Asked, MakeFormat
-from chatproxy.routes.bodies import idempotency_key, read_body, require_json, traceparent
+from chatproxy.routes.bodies import authenticate, idempotency_key, read_body, require_json, traceparent
 from chatproxy.routes.responses import DisconnectListener, EventSourceResponse, JSONResponse
 from chatproxy.routes.state import AppState
 from chatproxy.routes.streams import stream_headers, stream_url
-from chatproxy.services.access import Caller, authenticate
+from chatproxy.services.access import Caller
 from chatproxy.services.grok.completion import Completion
 from chatproxy.services.limits import Admitted, BodyHold
 from chatproxy.services.relay import encode, relay
@@ -55,7 +55,7 @@ async def answer(
     answers cannot be `resumable` knows no idempotency keys either. Raises ChatError or ClientDisconnected.
     """
     state = request.state
-    caller = authenticate(state["settings"], request.headers, request.client.host if request.client else None)
+    caller = await authenticate(request)
     if state["lifecycle"].draining:
         raise Draining
     require_json(request)

@@ -55,6 +55,14 @@ async def read_body(request: Request[AppState], hold: BodyHold) -> bytes:
     return b"".join(pieces).removeprefix(_BYTE_ORDER_MARK)
 
 
+async def authenticate(request: Request[AppState]) -> Caller:
+    """Who sends a request. Raises Unauthorized or AuthUnavailable."""
+    context, address = request.state["context"], request.client.host if request.client else None
+    caller = await request.state["authenticator"].authenticate(request.headers, address, context.peer)
+    context.client = caller.label
+    return caller
+
+
 def idempotency_key(request: Request[AppState], caller: Caller) -> tuple[str, str] | None:
     """The key and whose it is. Raises InvalidRequest."""
     key = request.headers.get("idempotency-key")

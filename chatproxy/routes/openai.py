@@ -12,9 +12,9 @@ from starlette.responses import Response
 from chatproxy.errors import InvalidLastEventID, ModelNotFound
 from chatproxy.formats.openai import decode_request
 from chatproxy.routes.answers import answer
+from chatproxy.routes.bodies import authenticate
 from chatproxy.routes.responses import JSONResponse
 from chatproxy.routes.state import AppState
-from chatproxy.services.access import authenticate
 from chatproxy.services.resumable import STREAM_ID
 
 
@@ -49,19 +49,18 @@ async def completions(request: Request[AppState]) -> Response:
 
 async def models(request: Request[AppState]) -> Response:
     """List the models: the one there is."""
-    return JSONResponse(ModelList([_model(request)]))
+    return JSONResponse(ModelList([await _model(request)]))
 
 
 async def model(request: Request[AppState]) -> Response:
     """Describe the model."""
-    known = _model(request)
+    known = await _model(request)
     if request.path_params["id"] != known.id:
         raise ModelNotFound
     return JSONResponse(known)
 
 
-def _model(request: Request[AppState]) -> Model:
+async def _model(request: Request[AppState]) -> Model:
     """Raises Unauthorized, for this is how some programs test a token."""
-    settings = request.state["settings"]
-    authenticate(settings, request.headers, request.client.host if request.client else None)
-    return Model(settings.grok_model)
+    await authenticate(request)
+    return Model(request.state["settings"].grok_model)

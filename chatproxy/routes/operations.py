@@ -18,7 +18,7 @@ class Health(Struct, omit_defaults=True):
     """
 
     status: Literal["ok", "unavailable"]
-    reason: Literal["draining", "upstream_auth", "store_unavailable"] | None = None
+    reason: Literal["draining", "upstream_auth", "auth_unavailable", "store_unavailable"] | None = None
     demo: bool = False
     store: Literal["unavailable"] | None = None
 
@@ -36,6 +36,8 @@ async def readyz(request: Request[AppState]) -> Response:
         return JSONResponse(Health("unavailable", "draining", demo), 503)
     if not state["grok"].key_usable:
         return JSONResponse(Health("unavailable", "upstream_auth", demo), 503)
+    if not state["authenticator"].ready:
+        return JSONResponse(Health("unavailable", "auth_unavailable", demo), 503)
     if not state["store_state"].seen:
         return JSONResponse(Health("unavailable", "store_unavailable", demo), 503)
     return JSONResponse(Health("ok", demo=demo, store=None if state["store_state"].available else "unavailable"))

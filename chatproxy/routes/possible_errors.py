@@ -14,6 +14,7 @@ STREAM_ROUTE_ERRORS: Kinds = {*BY_ID_ERRORS, errors.StreamNotFound, errors.Inval
 STREAM_ROUTE_ERRORS |= {errors.Busy, errors.RateLimited}
 CHAT_ERRORS: Kinds = {*RequestError.__subclasses__(), *UpstreamError.__subclasses__()}
 CHAT_ERRORS |= {errors.Busy, errors.Draining, errors.InternalError, errors.StoreUnavailable}
+CHAT_ERRORS |= {errors.AuthUnavailable}
 CHAT_ERRORS -= {*NO_ROUTE_ERRORS, errors.StreamNotFound, errors.InvalidLastEventID}
 V1_CHAT_ERRORS: Kinds = {*CHAT_ERRORS, errors.InvalidLastEventID} - {errors.NotAcceptable}
 CHAT_ERRORS -= {
@@ -22,7 +23,7 @@ CHAT_ERRORS -= {
     errors.IdleTimeout,
     errors.EmptyAnswer,
 }  # only after a first chunk
-V1_MODELS_ERRORS: Kinds = {*API_ERRORS, errors.Unauthorized}
+V1_MODELS_ERRORS: Kinds = {*API_ERRORS, errors.Unauthorized, errors.AuthUnavailable}
 V1_MODEL_ERRORS: Kinds = {*V1_MODELS_ERRORS, errors.NotFound, errors.ModelNotFound}
 STREAM_ERRORS: Kinds = {*UpstreamError.__subclasses__(), errors.ContentPolicy, errors.ContextLengthExceeded}
 STREAM_ERRORS |= {errors.Stopped, errors.Abandoned, errors.ReplayLost, errors.StreamNotFound, errors.StoreUnavailable}

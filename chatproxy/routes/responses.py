@@ -47,13 +47,27 @@ class RequestContext:
 
     `summary` is there once an answer of Grok is read: `owns_summary` if the answer ends with this request. `code` is
     that of an error. `status` is 0 until the status line is sent; `started_at` is on the monotonic clock. `headers` are
-    added to whatever the response is.
+    added to whatever the response is. `peer` is the address at the other end of the connection, which may be a proxy's;
+    `client` is what the log calls the client, if that is not an address.
     """
 
-    __slots__ = ("code", "disconnected", "headers", "owns_summary", "request_id", "started_at", "status", "summary")
+    __slots__ = (
+        "client",
+        "code",
+        "disconnected",
+        "headers",
+        "owns_summary",
+        "peer",
+        "request_id",
+        "started_at",
+        "status",
+        "summary",
+    )
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, request_id: str, peer: str | None) -> None:
         self.request_id = request_id
+        self.peer = peer
+        self.client: str | None = None
         self.started_at = time.monotonic()
         self.summary: StreamSummary | None = None
         self.owns_summary = False

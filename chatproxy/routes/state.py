@@ -7,6 +7,7 @@ from chatproxy.config.timing import Timing
 from chatproxy.lifecycle import Lifecycle
 from chatproxy.metrics import Metrics
 from chatproxy.routes.responses import RequestContext
+from chatproxy.services.access import Authenticator
 from chatproxy.services.grok.client import Grok
 from chatproxy.services.limits import BodyMemory, Concurrency, RateLimiter
 from chatproxy.services.store import StoreState
@@ -20,6 +21,7 @@ class AppState(TypedDict):
     timing: Timing
     metrics: Metrics
     lifecycle: Lifecycle
+    authenticator: Authenticator
     grok: Grok
     streams: StreamRegistry
     rate_limiter: RateLimiter

@@ -71,10 +71,14 @@ def knowing(package: str) -> set[str]:
 
 
 def test_who_knows_which_package() -> None:
-    """httpx is known at Grok's side and by the doctor, Starlette where requests are served, uvicorn where it is run."""
-    assert {module.rpartition(".")[0] for module in knowing("httpx")} == {"services.grok", "doctor"}
+    """httpx is known where others are asked, Starlette where requests are served, uvicorn where it is put together."""
+    assert {module.rpartition(".")[0] for module in knowing("httpx")} == {
+        "services.grok",
+        "services.identity",
+        "doctor",
+    }
     assert knowing("starlette") == {"middleware", "routes", "app", "asgi"}
-    assert knowing("uvicorn") <= {"server", "connection", "__main__"}
+    assert knowing("uvicorn") <= {"server", "connection", "app", "__main__"}
 
 
 def test_two_sides() -> None:

@@ -35,10 +35,17 @@ DEFAULTS = {
     "allowed_origins": (),
     "allowed_hosts": (),
     "access_tokens": (),
+    "auth_jwks_url": None,
+    "auth_jwt_secret": None,
+    "auth_issuer": None,
+    "auth_audience": None,
+    "auth_claim": "sub",
+    "auth_header": None,
     "rate_limit": None,
     "max_streams_per_client": None,
     "log_level": "info",
     "log_format": "text",
+    "log_clients": False,
     "max_body_bytes": 1_000_000,
     "max_messages": 500,
     "max_streams": 1000,
@@ -59,6 +66,7 @@ DEFAULTS = {
     "limits_without_redis": "closed",
     "try_page": True,
     "proxy": None,
+    "auth_proxy": None,
     "warnings": (),
 }
 
@@ -112,6 +120,9 @@ def test_defaults() -> None:
         ("ALLOWED_HOSTS", "Chat.example.com, .example.org,gpu_box", ("chat.example.com", ".example.org", "gpu_box")),
         ("ALLOWED_HOSTS", "*", ("*",)),
         ("ACCESS_TOKENS", "0123456789abcdef, fedcba9876543210==", ("0123456789abcdef", "fedcba9876543210==")),
+        ("AUTH_JWT_SECRET", "0123456789abcdef" * 2, "0123456789abcdef" * 2),
+        ("AUTH_HEADER", "X-Forwarded-User", "x-forwarded-user"),
+        ("LOG_CLIENTS", "True", True),
         ("RATE_LIMIT", "20/minute", RateLimit(20, 60)),
         ("RATE_LIMIT", "1/second", RateLimit(1, 1)),
         ("RATE_LIMIT", "5/hour", RateLimit(5, 3600)),
@@ -299,6 +310,9 @@ TOKENS = "expected tokens of 16 or more letters, digits and ._~+/- separated by 
         ("REDIS_URL", "rediss://host?ssl_ca_certs=/canary", "expected a readable file of certificates in PEM format"),
         ("REDIS_URL_FILE", "/canary", "cannot be read (FileNotFoundError)"),
         ("REDIS_URL_FILE", "/dev/null", REDIS),
+        ("AUTH_JWT_SECRET", "0123456789abcdef", "expected 32 or more visible ASCII characters"),
+        ("AUTH_HEADER", "X_User", "expected the name of a header field, such as X-Forwarded-User, not 'X_User'"),
+        ("AUTH_HEADER", "Cookie", "expected a header field that nothing but the proxy sets, not 'Cookie'"),
         ("REDIS_PREFIX", "a*", "expected 1 to 64 letters, digits and ._:- such as chatproxy:, not 'a*'"),
         ("LIMITS_WITHOUT_REDIS", "maybe", "expected closed or open, not 'maybe'"),
         ("GROK_MODEL", "\udcff", "expected text in UTF-8, not '\\udcff'"),
@@ -350,11 +364,50 @@ def test_file_of_the_redis_url(tmp_path: Path) -> None:
     file.write_text("redis://:secret@redis.example\n")
     settings = load({"REDIS_URL_FILE": str(file)})
     assert settings.redis_url == "redis://:secret@redis.example"
-    assert "secret" not in repr(settings)
+    assert ":secret" not in repr(settings)
     assert load({"REDIS_URL_FILE": str(file), "REDIS_URL": "redis://:secret@redis.example"}) == settings
     with pytest.raises(Invalid) as problems:
         load({"REDIS_URL_FILE": str(file), "REDIS_URL": "redis://:other@redis.example"})
-    assert str(problems.value) == "REDIS_URL and REDIS_URL_FILE: expected one address, but they differ"
+    assert str(problems.value) == "REDIS_URL and REDIS_URL_FILE: expected one value, but they differ"
+
+
+JWKS = "https://auth.example.com/.well-known/jwks.json"
+NO_JWKS = "AUTH_JWKS_URL: expected an address such as https://auth.example.com/.well-known/jwks.json, not "
+
+
+@pytest.mark.parametrize(
+    ("variables", "problem"),
+    [
+        ({"AUTH_JWKS_URL": JWKS}, "AUTH_ISSUER: expected with AUTH_JWKS_URL, for many providers sign for all with the"),
+        (
+            {"AUTH_JWKS_URL": JWKS, "AUTH_ISSUER": "a", "AUTH_JWT_SECRET": "x" * 32},
+            "AUTH_JWKS_URL and AUTH_JWT_SECRET:",
+        ),
+        ({"AUTH_ISSUER": "a"}, "AUTH_ISSUER: expected only with AUTH_JWKS_URL or AUTH_JWT_SECRET"),
+        ({"AUTH_AUDIENCE": "a"}, "AUTH_AUDIENCE: expected only with AUTH_JWKS_URL or AUTH_JWT_SECRET"),
+        ({"AUTH_HEADER": "X-User", "FORWARDED_ALLOW_IPS": "*"}, "AUTH_HEADER: expected with a proxy's address in"),
+        ({"AUTH_JWKS_URL": "http://auth.example.com/k", "AUTH_ISSUER": "a"}, NO_JWKS + "'http://auth.example.com/k'"),
+        ({"AUTH_JWKS_URL": "file:///keys", "AUTH_ISSUER": "a"}, NO_JWKS + "'file:///keys'"),
+        ({"AUTH_JWKS_URL": "ftp://localhost/keys", "AUTH_ISSUER": "a"}, NO_JWKS + "'ftp://localhost/keys'"),
+    ],
+)
+def test_identity_settings(variables: dict[str, str], problem: str) -> None:
+    """What would let the wrong people in, or nobody, ends the start."""
+    with pytest.raises(Invalid) as problems:
+        load(variables)
+    assert str(problems.value).startswith(problem)
+    assert "\n" not in str(problems.value)
+
+
+@pytest.mark.parametrize("url", [JWKS, "http://localhost:8080/keys", "http://keycloak/keys", "http://127.0.0.1/keys"])
+def test_addresses_of_keys(url: str) -> None:
+    """Keys come over TLS, from this machine, or from the container network; a missing audience is a warning."""
+    settings = load({"AUTH_JWKS_URL": url, "AUTH_ISSUER": "a", "HTTPS_PROXY": "http://proxy:3128"})
+    assert settings.auth_jwks_url == url
+    assert settings.auth_proxy == ("http://proxy:3128" if url == JWKS else None)
+    assert settings.proxy is None  # the demo is on this machine
+    assert settings.warnings == ("AUTH_AUDIENCE is not set: tokens that were made for other services are taken, too",)
+    assert load({"AUTH_JWKS_URL": url, "AUTH_ISSUER": "a", "AUTH_AUDIENCE": "b"}).warnings == ()
 
 
 def test_files_of_the_key(tmp_path: Path) -> None:

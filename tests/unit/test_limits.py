@@ -1,10 +1,11 @@
 """So many chats for each caller in a window of time, so many bytes for request bodies, and who a caller is."""
 
 import pytest
+from starlette.datastructures import Headers
 
 from chatproxy.config import RateLimit, Settings
 from chatproxy.errors import Busy, RateLimited
-from chatproxy.services.access import Caller, authenticate, client_key
+from chatproxy.services.access import Authenticator, Caller, client_key
 from chatproxy.services.limits import BodyMemory, MemoryRateLimiter
 
 pytestmark = pytest.mark.anyio
@@ -136,10 +137,14 @@ def test_client_key(address: str, who: str) -> None:
     assert client_key(address) == who
 
 
-def test_scope_of_keys() -> None:
+async def test_scope_of_keys() -> None:
     """Idempotency keys belong to an address, or to an access token, and to whatever else somebody authorises with."""
-    tokens = Settings(access_tokens=("0123456789abcdef",))  # type: ignore[arg-type] # as good as secrets here
     header = {"authorization": "Bearer 0123456789abcdef"}
-    assert authenticate(Settings(), {}, "192.0.2.1").scope != authenticate(Settings(), {}, "192.0.2.2").scope
-    assert authenticate(Settings(), {}, "192.0.2.1").scope != authenticate(Settings(), header, "192.0.2.1").scope
-    assert authenticate(tokens, header, "192.0.2.1").scope == authenticate(tokens, header, "192.0.2.2").scope
+    tokens = Settings(access_tokens=("0123456789abcdef",))  # type: ignore[arg-type] # as good as secrets here
+
+    async def scope(settings: Settings, headers: dict[str, str], address: str) -> str:
+        return (await Authenticator(settings).authenticate(Headers(headers), address, address)).scope
+
+    assert await scope(Settings(), {}, "192.0.2.1") != await scope(Settings(), {}, "192.0.2.2")
+    assert await scope(Settings(), {}, "192.0.2.1") != await scope(Settings(), header, "192.0.2.1")
+    assert await scope(tokens, header, "192.0.2.1") == await scope(tokens, header, "192.0.2.2")

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import ssl
 from collections.abc import Callable
 from functools import partial
 from typing import cast
@@ -164,7 +165,8 @@ def _transport(settings: Settings, url: httpx.URL) -> httpx.AsyncBaseTransport:
     # Seconds, long before the first-token timeout. What was sent and is not acknowledged by then went to a connection
     # that was lost without a word, as by a NAT that forgot it or a laptop that slept.
     unacknowledged_timeout = 3 * settings.connect_timeout
-    context = ssl_context(settings)
+    demo = settings.grok_api_key is None  # which speaks no TLS
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if demo else ssl_context(settings)
     options = socket_options(unacknowledged_timeout)
     if settings.proxy is not None:
         return ProxyTransport(settings.proxy, context, UPSTREAM_KEEPALIVE_EXPIRY, options)

@@ -27,8 +27,6 @@ def ssl_context(settings: Settings) -> ssl.SSLContext:
 
     From the settings and not by OpenSSL itself, which would not see what is set in `.env`.
     """
-    if settings.grok_api_key is None:
-        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # the demo speaks no TLS
     if settings.ssl_cert_file or settings.ssl_cert_dir:
         return ssl.create_default_context(cafile=settings.ssl_cert_file, capath=settings.ssl_cert_dir)
     return httpx.create_ssl_context(trust_env=False)
