@@ -20,6 +20,7 @@ from chatproxy.middleware import HostMiddleware, OriginMiddleware, RequestLogMid
 from chatproxy.routes import handle_http_exception, routes
 from chatproxy.routes.state import AppState
 from chatproxy.services.access import Authenticator
+from chatproxy.services.budgets import Ledger, MemoryLedger, TokenBudgets
 from chatproxy.services.grok.client import Grok
 from chatproxy.services.grok.demo import demo
 from chatproxy.services.limits import BodyMemory, Concurrency, MemoryRateLimiter, RateLimiter, ReaderLimit
@@ -35,6 +36,7 @@ class Shared(NamedTuple):
     streams: StreamRegistry
     rate_limiter: RateLimiter
     concurrency: Concurrency
+    ledger: Ledger
     store_state: StoreState
 
 
@@ -44,7 +46,8 @@ async def _shared(settings: Settings, metrics: Metrics, grok: Grok, timing: Timi
     if settings.redis_url is None:
         store = MemoryStore(settings.replay_bytes, settings.replay_total_bytes)
         streams = StreamRegistry(store, settings, readers, metrics)
-        yield Shared(streams, MemoryRateLimiter(settings.rate_limit), Concurrency(settings), store)
+        rate_limiter, concurrency = MemoryRateLimiter(settings.rate_limit), Concurrency(settings)
+        yield Shared(streams, rate_limiter, concurrency, MemoryLedger(settings), store)
         return
     from chatproxy.services.redis.replicas import Replicas  # noqa: PLC0415 -- slow, and of no use to others
 
@@ -53,7 +56,7 @@ async def _shared(settings: Settings, metrics: Metrics, grok: Grok, timing: Timi
     grok.on_rate_limited = replicas.remember_rate_limit
     streams = StreamRegistry(replicas.store, settings, readers, metrics, replicas.directory)
     async with replicas.running(streams, grok):
-        yield Shared(streams, replicas.rate_limiter, replicas.concurrency, replicas.commands)
+        yield Shared(streams, replicas.rate_limiter, replicas.concurrency, replicas.ledger, replicas.commands)
 
 
 def _authenticator(settings: Settings, timing: Timing, tasks: TaskGroup) -> Authenticator:
@@ -95,6 +98,8 @@ def create_app(settings: Settings, timing: Timing = DEFAULT_TIMING) -> Starlette
             stack.push_async_callback(shared.streams.aclose)
             tasks = await stack.enter_async_context(anyio.create_task_group())
             tasks.start_soon(grok.watch_key)
+            budgets = TokenBudgets(settings, shared.ledger, metrics)
+            tasks.start_soon(budgets.watch)
             yield {
                 "settings": settings,
                 "timing": timing,
@@ -105,6 +110,7 @@ def create_app(settings: Settings, timing: Timing = DEFAULT_TIMING) -> Starlette
                 "streams": shared.streams,
                 "rate_limiter": shared.rate_limiter,
                 "concurrency": shared.concurrency,
+                "budgets": budgets,
                 "store_state": shared.store_state,
                 "body_memory": BodyMemory(settings),
             }

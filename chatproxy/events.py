@@ -138,6 +138,8 @@ class StreamSummary:
     """
 
     __slots__ = (
+        "answering",
+        "asked_at",
         "characters",
         "code",
         "counts",
@@ -154,6 +156,8 @@ class StreamSummary:
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.started_at = time.monotonic()
+        self.asked_at: float | None = None  # when the request went to Grok; on the monotonic clock, as the one above
+        self.answering = False  # Grok's first chunk has come
         self.first_token_ms: float | None = None  # milliseconds from the request to the first text
         self.deltas = 0  # of text
         self.characters = 0  # of text and reasoning: what was paid, where Grok does not say

@@ -64,6 +64,11 @@ class Metrics:
         self.unread_deltas = Counter(
             "chatproxy_unread_deltas", "Deltas received (and paid) that nobody ever read.", registry=registry
         )
+        self.budget_estimated = Counter(
+            "chatproxy_budget_estimated",
+            "Answers that were booked by an estimate, because Grok did not tell their usage.",
+            registry=registry,
+        )
         self.hang_up = Histogram(
             "chatproxy_hang_up_seconds",
             "From the client's disconnect to the closing of Grok's stream.",
@@ -75,6 +80,18 @@ class Metrics:
         """Tell whether the store can be reached. (What is in memory always can.)"""
         gauge = Gauge("chatproxy_store_available", "1 while Redis can be reached, else 0.", registry=self._registry)
         gauge.set_function(available)
+
+    def watch_budget(self, limit: int, total: Callable[[], tuple[int, int]]) -> None:
+        """Tell what is left of TOKEN_BUDGET. `total` gives what is used, and what is reserved."""
+        gauge = Gauge(
+            "chatproxy_budget_tokens",
+            "Of TOKEN_BUDGET in this window: the limit, what is used, and what is reserved for running answers.",
+            ["kind"],
+            registry=self._registry,
+        )
+        gauge.labels("limit").set(limit)
+        gauge.labels("used").set_function(lambda: total()[0])
+        gauge.labels("reserved").set_function(lambda: total()[1])
 
     def count(self, summary: StreamSummary) -> None:
         """Add an answer that has ended."""

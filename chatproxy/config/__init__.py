@@ -63,6 +63,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     auth_header: str | None = None
     rate_limit: "RateLimit | None" = None
     max_streams_per_client: Count | None = None
+    token_budget: "RateLimit | None" = None
+    token_budget_per_client: "RateLimit | None" = None
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
@@ -99,7 +101,7 @@ class Settings(Struct, frozen=True, kw_only=True):
 
 
 class RateLimit(Struct, frozen=True):
-    """`20/minute`: so many new chats in so many seconds."""
+    """`20/minute`: so many new chats, or tokens, in so many seconds."""
 
     count: int
     seconds: int
@@ -268,6 +270,8 @@ _PARSERS: dict[str, Any] = {
     "auth_jwt_secret": values.jwt_secret,
     "auth_header": values.header_name,
     "rate_limit": values.rate_limit,
+    "token_budget": values.token_budget,
+    "token_budget_per_client": values.token_budget,
     "redis_url": values.redis_url,
     "redis_prefix": values.redis_prefix,
     "limits_without_redis": str.lower,

@@ -195,9 +195,17 @@ def hosts(value: str) -> Iterator[str]:
 
 
 def rate_limit(value: str) -> dict[str, int]:
-    match = re.fullmatch(r"([1-9]\d{0,8})/(second|minute|hour|day)", value)
-    if not match:
-        raise ValueError("expected a number per second, minute, hour or day, such as 20/minute")
+    return _rate(value, 9, "expected a number per second, minute, hour or day, such as 20/minute")
+
+
+def token_budget(value: str) -> dict[str, int]:
+    return _rate(value, 12, "expected tokens per second, minute, hour or day, such as 2000000/day")
+
+
+def _rate(value: str, digits: int, rule: str) -> dict[str, int]:
+    match = re.fullmatch(r"([1-9]\d*)/(second|minute|hour|day)", value)
+    if not match or len(match[1]) > digits:
+        raise ValueError(rule)
     return {"count": int(match[1]), "seconds": {"second": 1, "minute": 60, "hour": 3600, "day": 86400}[match[2]]}
 
 

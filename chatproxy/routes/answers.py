@@ -19,6 +19,7 @@ from chatproxy.routes.responses import DisconnectListener, EventSourceResponse, 
 from chatproxy.routes.state import AppState
 from chatproxy.routes.streams import stream_headers, stream_url
 from chatproxy.services.access import Caller
+from chatproxy.services.budgets import joined
 from chatproxy.services.grok.completion import Completion
 from chatproxy.services.limits import Admitted, BodyHold
 from chatproxy.services.relay import encode, relay
@@ -68,7 +69,7 @@ async def answer(
         return await _resumable(request, caller, prepared, key, as_address=as_address)
 
     try:
-        headers = await state["rate_limiter"].acquire(caller)
+        headers = await _admit(state, caller, prepared)
     except BaseException:
         prepared.hold.release()
         raise
@@ -119,6 +120,13 @@ async def _prepare(request: Request[AppState], caller: Caller, decode: Callable[
     )
 
 
+async def _admit(state: AppState, caller: Caller, prepared: Prepared) -> dict[str, str]:
+    """Count a new answer; gives the header fields that tell what is left. Raises ChatError."""
+    chats = await state["rate_limiter"].acquire(caller)
+    tokens = await state["budgets"].reserve(caller, prepared.completion.request_size, prepared.summary)
+    return joined(chats, tokens)
+
+
 async def _resumable(
     request: Request[AppState], caller: Caller, prepared: Prepared, key: tuple[str, str] | None, *, as_address: bool
 ) -> Response:
@@ -131,7 +139,7 @@ async def _resumable(
         stream = await streams.claim(new)
         if stream is new:
             try:
-                headers = await state["rate_limiter"].acquire(caller)
+                headers = await _admit(state, caller, prepared)
             except BaseException as error:
                 streams.discard(new, error)
                 raise

@@ -8,6 +8,7 @@ from chatproxy.lifecycle import Lifecycle
 from chatproxy.metrics import Metrics
 from chatproxy.routes.responses import RequestContext
 from chatproxy.services.access import Authenticator
+from chatproxy.services.budgets import TokenBudgets
 from chatproxy.services.grok.client import Grok
 from chatproxy.services.limits import BodyMemory, Concurrency, RateLimiter
 from chatproxy.services.store import StoreState
@@ -26,6 +27,7 @@ class AppState(TypedDict):
     streams: StreamRegistry
     rate_limiter: RateLimiter
     concurrency: Concurrency
+    budgets: TokenBudgets
     store_state: StoreState
     body_memory: BodyMemory
     context: NotRequired[RequestContext]  # of this request, from the middleware

@@ -231,7 +231,9 @@ class Admitted(Generic[T]):
     async def __aenter__(self) -> T:
         lease = await self._concurrency.reserve(self._caller)
         self._summary.on_end.append(lease.settle)
+        self._summary.asked_at = time.monotonic()
         entered = await self._upstream.__aenter__()
+        self._summary.answering = True
         self._body.release()
         return entered
 

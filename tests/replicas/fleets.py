@@ -20,7 +20,7 @@ JSON = {"Accept": "application/json"}
 
 @asynccontextmanager
 async def fleet(
-    grok: Upstream, redis: RedisServer, count: int = 2, timing: Timing = BRISK, **changes: object
+    grok: Upstream, redis: RedisServer, count: int = 2, timing: Timing = BRISK, /, **changes: object
 ) -> AsyncIterator[list[InProcessService]]:
     """So many replicas, each of which has seen its Redis."""
     shared = {"redis_url": redis.url, "redis_prefix": f"test:{secrets.token_hex(4)}:", **changes}

@@ -16,6 +16,7 @@ NAMES = {
     "chatproxy_streams_in_flight": "gauge",
     "chatproxy_time_to_first_token_seconds": "histogram",
     "chatproxy_overhead_seconds": "histogram",
+    "chatproxy_budget_estimated": "counter",
     "chatproxy_deltas": "counter",
     "chatproxy_tokens": "counter",
     "chatproxy_tool_calls": "counter",

@@ -53,6 +53,7 @@ class Completion(CancellableWait):
         super().__init__()
         self.read_at = 0.0  # when the last events came (perf_counter)
         self._grok = grok
+        self.request_size = len(content)
         self._content: bytes | None = content  # the request's body, until the first chunk: it may be large
         self._headers = headers
         self._make_decoder = make_decoder

@@ -16,6 +16,7 @@ from chatproxy.errors import StoreUnavailable
 from chatproxy.services.redis.commands import Commands
 from chatproxy.services.redis.copies import RedisStore
 from chatproxy.services.redis.directory import RedisDirectory
+from chatproxy.services.redis.ledger import RedisLedger
 from chatproxy.services.redis.limits import Fallback, RedisConcurrency, RedisRateLimiter
 from chatproxy.services.redis.mirrors import Mirrors, Remotes
 from chatproxy.services.redis.scripts import RETRY_AFTER, Keys
@@ -53,6 +54,7 @@ class Replicas:
         self.directory = RedisDirectory(self.commands, self.store, self._keys, settings, remotes, timing.store_outage)
         fallback = Fallback(settings, self.commands)
         self.rate_limiter = RedisRateLimiter(settings, self.commands, self._keys, fallback)
+        self.ledger = RedisLedger(settings, self.commands, self._keys, fallback)
         self.concurrency = RedisConcurrency(settings, self.commands, self._keys, fallback)
 
     @asynccontextmanager
@@ -68,12 +70,14 @@ class Replicas:
             tasks.start_soon(self.commands.run)
             tasks.start_soon(self._subscriptions.run)
             tasks.start_soon(self.store.run)
+            tasks.start_soon(self.ledger.run)
             tasks.start_soon(self._sweep_for_ever)
             try:
                 yield
             finally:
                 with anyio.move_on_after(FLUSH_TIMEOUT, shield=True), suppress(StoreUnavailable):
                     await self.store.flush()
+                    await self.ledger.flush()
                     await self.commands.execute(("DEL", self._keys.own_lease))
                 await self._mirrors.aclose()
                 await self.directory.aclose()
@@ -109,6 +113,7 @@ class Replicas:
             with suppress(StoreUnavailable):
                 await self._sweep()
                 self.store.sweep()
+                self.ledger.sweep()
                 if not number % COUNTS_SWEEP:
                     self.concurrency.sweep()
                 number += 1

@@ -54,6 +54,13 @@ class Keys:
     def rate(self, caller: str) -> str:
         return f"{self.prefix}rate:{self.digest(caller)}"
 
+    def used(self, caller: str) -> str:
+        """Tokens; of all callers for the empty name."""
+        return f"{self.prefix}tokens:{self.digest(caller)}:used"
+
+    def reserved(self, caller: str) -> str:
+        return f"{self.prefix}tokens:{self.digest(caller)}:reserved"
+
     def running(self, caller: str) -> str:
         return f"{self.prefix}open:{self.digest(caller)}"
 
@@ -176,9 +183,63 @@ redis.call('PEXPIRE', KEYS[1], ARGV[5])
 return 1
 """)
 
+# KEYS: of each budget, what is used, and what is reserved by replica (and the number of each replica's last booking).
+# ARGV: prefix, own replica, tokens, milliseconds to live of what is reserved; then of each budget its limit, the
+# milliseconds of its window, and what this replica has reserved with the new tokens. Gives of each what is used, what
+# was reserved before, and the milliseconds that are left. Reserves where each budget has enough left, or has nothing
+# reserved. What dead replicas have reserved counts as used.
+RESERVE_TOKENS = Script("""
+local prefix, owner, tokens, ttl = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
+local found, allowed = {}, true
+for i = 1, #KEYS / 2 do
+  local used_key, reserved_key = KEYS[2 * i - 1], KEYS[2 * i]
+  local limit, window, own = tonumber(ARGV[3 * i + 2]), ARGV[3 * i + 3], tonumber(ARGV[3 * i + 4])
+  redis.call('SET', used_key, '0', 'PX', window, 'NX')
+  local reserved, replicas = own - tokens, redis.call('HGETALL', reserved_key)
+  for j = 1, #replicas, 2 do
+    local replica = replicas[j]
+    if replica ~= owner and string.sub(replica, 1, 1) ~= '#' then
+      if redis.call('EXISTS', prefix .. 'replica:' .. replica) == 1 then reserved = reserved + tonumber(replicas[j + 1])
+      else
+        redis.call('INCRBY', used_key, replicas[j + 1])
+        redis.call('HDEL', reserved_key, replica, '#' .. replica)
+      end
+    end
+  end
+  local used = tonumber(redis.call('GET', used_key))
+  allowed = allowed and used < limit and (reserved == 0 or used + reserved + tokens <= limit)
+  found[i] = {used, reserved, redis.call('PTTL', used_key)}
+end
+if allowed then
+  for i = 1, #KEYS / 2 do
+    redis.call('HSET', KEYS[2 * i], owner, ARGV[3 * i + 4])
+    redis.call('PEXPIRE', KEYS[2 * i], ttl)
+  end
+end
+return found
+""")
+
+# KEYS: what is used, what is reserved. ARGV: own replica, the number of this booking, tokens, what this replica has
+# reserved, the milliseconds of the window, milliseconds to live of what is reserved. Gives what is used and reserved.
+BOOK = Script("""
+local owner, number = ARGV[1], tonumber(ARGV[2])
+redis.call('SET', KEYS[1], '0', 'PX', ARGV[5], 'NX')
+if tonumber(redis.call('HGET', KEYS[2], '#' .. owner) or '0') < number then
+  redis.call('INCRBY', KEYS[1], ARGV[3])
+  redis.call('HSET', KEYS[2], '#' .. owner, number)
+end
+redis.call('HSET', KEYS[2], owner, ARGV[4])
+redis.call('PEXPIRE', KEYS[2], ARGV[6])
+local reserved, replicas = 0, redis.call('HGETALL', KEYS[2])
+for j = 1, #replicas, 2 do
+  if string.sub(replicas[j], 1, 1) ~= '#' then reserved = reserved + tonumber(replicas[j + 1]) end
+end
+return {tonumber(redis.call('GET', KEYS[1])), reserved}
+""")
+
 # KEYS: the remembered Retry-After. ARGV: milliseconds. The longest wins.
 RETRY_AFTER = Script("""
 if redis.call('PTTL', KEYS[1]) < tonumber(ARGV[1]) then redis.call('SET', KEYS[1], '1', 'PX', ARGV[1]) end
 """)
 
-SCRIPTS = (CLAIM, RELEASE, WRITE, END_FOR_DEAD, NOTE_READ, RATE, RESERVE, RETRY_AFTER)
+SCRIPTS = (CLAIM, RELEASE, WRITE, END_FOR_DEAD, NOTE_READ, RATE, RESERVE, RESERVE_TOKENS, BOOK, RETRY_AFTER)
