@@ -3,8 +3,8 @@
 Their labels are routes, statuses and codes of our own; nothing a caller sends becomes one.
 """
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -69,12 +69,28 @@ class Metrics:
             "Answers that were booked by an estimate, because Grok did not tell their usage.",
             registry=registry,
         )
+        self.handshakes_waited = Counter(
+            "chatproxy_handshakes_waited",
+            "Requests to Grok that had to wait for a new connection.",
+            registry=registry,
+        )
         self.hang_up = Histogram(
             "chatproxy_hang_up_seconds",
             "From the client's disconnect to the closing of Grok's stream.",
             registry=registry,
             buckets=_FAST,
         )
+
+    def watch_connections(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        """Tell what the connections to Grok are doing, by state."""
+        gauge = Gauge(
+            "chatproxy_upstream_connections",
+            "Connections to Grok: busy, idle, and spare ones that were made before they are needed.",
+            ["state"],
+            registry=self._registry,
+        )
+        for state in counts():
+            gauge.labels(state).set_function(partial(_value, counts, state))
 
     def watch_store(self, available: Callable[[], bool]) -> None:
         """Tell whether the store can be reached. (What is in memory always can.)"""
@@ -113,3 +129,7 @@ class Metrics:
     def render(self) -> bytes:
         """All of them in Prometheus' text format."""
         return generate_latest(self._registry)
+
+
+def _value(counts: Callable[[], Mapping[str, int]], name: str) -> int:
+    return counts()[name]

@@ -42,6 +42,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     grok_tools: tuple[str, ...] = ()
     max_tool_calls: Count = 10
     grok_retries: Annotated[int, Meta(ge=0)] = 2
+    grok_spare: Annotated[int, Meta(ge=0, le=100)] = 2
     grok_transport: Literal["fast", "httpx"] = "fast"
     system_prompt: Secret | None = None
     ssl_cert_file: str | None = None

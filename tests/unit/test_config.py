@@ -24,6 +24,7 @@ DEFAULTS = {
     "grok_api": "chat",
     "grok_tools": (),
     "max_tool_calls": 10,
+    "grok_spare": 2,
     "grok_transport": "fast",
     "system_prompt": None,
     "ssl_cert_file": None,

@@ -15,13 +15,15 @@ import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import httpx
 import pytest
 import trustme
 
-from chatproxy.services.grok.transport import ATTEMPT_DELAY, MAX_UNREAD, ClientConnection, Transport
+from chatproxy.services.grok.client_connection import MAX_UNREAD, ClientConnection
+from chatproxy.services.grok.connecting import ATTEMPT_DELAY
+from chatproxy.services.grok.transport import Transport
 from tests.upstream import RESET_ON_CLOSE, drop_received, refusing, unreachable
 
 pytestmark = pytest.mark.anyio
@@ -581,7 +583,8 @@ async def test_kept_connection() -> None:
             assert (await http.post(server.url, content=b"{}")).text == "hi"
         assert server.connections == 1
         (connection,) = transport.open
-        assert connection.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        tcp = cast(asyncio.Transport, connection.transport)
+        assert tcp.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 @pytest.mark.parametrize("raw", [COMPLETE["Connection: close"], COMPLETE["HTTP/1.0"], COMPLETE["two replies"]])

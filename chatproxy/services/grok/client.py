@@ -24,9 +24,10 @@ from chatproxy.events import Chat
 from chatproxy.metrics import Metrics
 from chatproxy.services.grok import chat_completions, responses
 from chatproxy.services.grok.completion import Completion
+from chatproxy.services.grok.connecting import socket_options
 from chatproxy.services.grok.network import ProxyTransport, cause, read_beginning, ssl_context
 from chatproxy.services.grok.protocol import Decoder
-from chatproxy.services.grok.transport import Transport, socket_options
+from chatproxy.services.grok.transport import Transport
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Grok:
         path = responses.PATH if settings.grok_api == "responses" else chat_completions.PATH
         self._url = httpx.URL(base_url + path)
         self._key_url = httpx.URL(f"{base_url}/api-key")
-        self._transport = _transport(settings, self._key_url)
+        self._transport = _transport(settings, self._key_url, metrics)
         self._headers = httpx.Headers(
             {
                 "Host": self._key_url.netloc.decode(),
@@ -106,7 +107,10 @@ class Grok:
 
     async def send(self, content: bytes, headers: httpx.Headers) -> httpx.Response:
         """Ask once. The body of the response is still to be read. Raises httpx.TransportError."""
-        return await self._send("POST", self._url, headers, content)
+        response = await self._send("POST", self._url, headers, content)
+        if isinstance(self._transport, Transport) and response.status_code == 200:
+            self._transport.keep_spare()
+        return response
 
     async def _send(self, method: str, url: httpx.URL, headers: httpx.Headers, body: bytes = b"") -> httpx.Response:
         # A client around the transport would merge URLs, headers and cookies for each request: a third of the cost
@@ -160,7 +164,7 @@ class Grok:
         await self._transport.aclose()
 
 
-def _transport(settings: Settings, url: httpx.URL) -> httpx.AsyncBaseTransport:
+def _transport(settings: Settings, url: httpx.URL, metrics: Metrics) -> httpx.AsyncBaseTransport:
     max_connections = settings.max_streams + 1  # and one for the key check
     # Seconds, long before the first-token timeout. What was sent and is not acknowledged by then went to a connection
     # that was lost without a word, as by a NAT that forgot it or a laptop that slept.
@@ -174,10 +178,15 @@ def _transport(settings: Settings, url: httpx.URL) -> httpx.AsyncBaseTransport:
         # httpx's own limits are 100 connections, and 5 s for idle ones.
         limits = httpx.Limits(max_connections=max_connections, keepalive_expiry=UPSTREAM_KEEPALIVE_EXPIRY)
         return httpx.AsyncHTTPTransport(verify=context, limits=limits, socket_options=options)
-    return Transport(
+    transport = Transport(
         url,
         ssl_context=context,
         max_connections=max_connections,
+        connect_timeout=settings.connect_timeout,
         keepalive_expiry=UPSTREAM_KEEPALIVE_EXPIRY,
         unacknowledged_timeout=unacknowledged_timeout,
+        spare=0 if demo else settings.grok_spare,
+        on_wait=metrics.handshakes_waited.inc,
     )
+    metrics.watch_connections(transport.counts)
+    return transport

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import itertools
 import math
+import ssl
 import time
 from collections.abc import AsyncGenerator, Callable
 from types import TracebackType
@@ -32,6 +33,9 @@ from chatproxy.events import Event, Finished
 from chatproxy.services.grok import failures
 from chatproxy.services.grok.network import cause, read_beginning
 from chatproxy.services.grok.protocol import Client, Decoder
+
+# httpx's own transport lets some errors of TLS through as they are.
+TRANSPORT_ERRORS = (httpx.TransportError, ssl.SSLError)
 
 # Seconds. Usage and `[DONE]` follow the finish reason at once; a Grok that has finished is not waited for.
 FINISH_GRACE = 1.0
@@ -103,7 +107,7 @@ class Completion(CancellableWait):
         try:
             if kind in (None, GeneratorExit) and self._decoder.ended and self._decoder.failure is None:
                 self._waiting_since = self._loop.time()
-                with contextlib.suppress(httpx.TransportError, ChatError), self:
+                with contextlib.suppress(*TRANSPORT_ERRORS, ChatError), self:
                     async for _ in self._pieces:
                         pass
         finally:
@@ -123,7 +127,7 @@ class Completion(CancellableWait):
             try:
                 with self:
                     return await self._read()
-            except (httpx.TransportError, StopAsyncIteration) as error:
+            except (*TRANSPORT_ERRORS, StopAsyncIteration) as error:
                 self._end = self._failed(UpstreamCutOff(), type(error).__name__)
             finally:
                 self._stop_waiting()
@@ -211,7 +215,7 @@ class Completion(CancellableWait):
             raise _Retryable(grok.log_failure(ConnectTimeout(), "no connection in time")) from None
         except (httpx.ConnectError, httpx.ProxyError) as error:
             raise _Retryable(grok.log_failure(UpstreamUnreachable(), cause(error))) from None
-        except httpx.TransportError as error:
+        except TRANSPORT_ERRORS as error:
             raise _Retryable(grok.log_failure(UpstreamFailed(), type(error).__name__)) from None
         except StopAsyncIteration:
             raise grok.log_failure(UpstreamFailed(), "ended before the first chunk") from None

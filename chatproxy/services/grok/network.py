@@ -16,7 +16,7 @@ import httpx
 import socksio
 
 from chatproxy.config import Settings
-from chatproxy.services.grok.transport import SocketOption
+from chatproxy.services.grok.connecting import SocketOption
 
 # How much of an upstream error is read, in bytes.
 MAX_ERROR_BYTES = 65_536
