@@ -104,16 +104,19 @@ class MemoryLedger:
                 fresh = _Account(now + self._own.seconds)
                 fresh.reserved = self._callers.pop(caller).reserved if account is not None else 0
                 self._callers[caller] = account = fresh
-                self._forget(now)
+                self._forget(now, caller)
             yield self._own, account
 
-    def _forget(self, now: float) -> None:
-        while True:
-            oldest = next(iter(self._callers))
-            account = self._callers[oldest]
-            if account.reserved or (account.until > now and len(self._callers) <= self._max_callers):
-                return
-            del self._callers[oldest]
+    def _forget(self, now: float, newest: str) -> None:
+        excess = len(self._callers) - self._max_callers
+        forgotten: list[str] = []
+        for caller, account in self._callers.items():
+            if caller == newest or (account.until > now and len(forgotten) >= excess):
+                break
+            if not account.reserved:  # else its answer is running, and will be booked
+                forgotten.append(caller)
+        for caller in forgotten:
+            del self._callers[caller]
 
 
 def require(budget: RateLimit, used: int, reserved: int, seconds: float, tokens: int, own: bool) -> None:
@@ -143,10 +146,13 @@ def budget_headers(budget: RateLimit, balance: Balance) -> dict[str, str]:
     }
 
 
-class _Reservation:
-    __slots__ = ("_budgets", "_caller", "_request_size", "_summary", "_tokens")
+class Reservation:
+    """What is reserved for one answer; settled when its summary is closed. `headers` tell what is left."""
+
+    __slots__ = ("_budgets", "_caller", "_request_size", "_summary", "_tokens", "headers")
 
     def __init__(self, budgets: "TokenBudgets", caller: str, request_size: int, summary: StreamSummary) -> None:
+        self.headers: dict[str, str] = {}
         self._budgets = budgets
         self._caller = caller
         self._request_size = request_size
@@ -158,6 +164,12 @@ class _Reservation:
         self._budgets.running.add(self)
         self._summary.on_end.append(self._settle)
         return balance
+
+    def cancel(self) -> None:
+        """Give all back: the answer does not begin."""
+        self._summary.on_end.remove(self._settle)
+        self._budgets.running.discard(self)
+        self._budgets.ledger.change(self._caller, reserved=-self._tokens, used=0)
 
     def _settle(self, summary: StreamSummary) -> None:
         self._budgets.running.discard(self)
@@ -181,21 +193,24 @@ class TokenBudgets:
         self.estimator = Estimator()
         self.ledger = ledger
         self.metrics = metrics
-        self.running: set[_Reservation] = set()
+        self.running: set[Reservation] = set()
         self._own = settings.token_budget_per_client
         self.limited = settings.token_budget is not None or self._own is not None
         if settings.token_budget is not None:
             metrics.watch_budget(settings.token_budget.count, ledger.total)
 
-    async def reserve(self, caller: Caller, request_size: int, summary: StreamSummary) -> dict[str, str]:
-        """Reserve what an answer may cost, for a request of so many bytes; it is settled when `summary` is closed.
+    async def reserve(self, caller: Caller, request_size: int, summary: StreamSummary) -> Reservation | None:
+        """Reserve what an answer may cost, for a request of so many bytes; None where there are no budgets.
 
-        Gives the header fields that tell what is left of the caller's budget. Raises BudgetSpent and StoreUnavailable.
+        Raises BudgetSpent and StoreUnavailable.
         """
         if not self.limited:
-            return {}
-        balance = await _Reservation(self, caller.id, request_size, summary).enter()
-        return budget_headers(self._own, balance) if self._own is not None and balance is not None else {}
+            return None
+        reservation = Reservation(self, caller.id, request_size, summary)
+        balance = await reservation.enter()
+        if self._own is not None and balance is not None:
+            reservation.headers = budget_headers(self._own, balance)
+        return reservation
 
     async def watch(self) -> None:
         """Reserve more for answers that have outgrown their estimate, until cancelled."""
