@@ -6,6 +6,8 @@ import hashlib
 import hmac
 import json
 import logging
+import os
+import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -18,7 +20,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 from chatproxy.config.timing import Timing
-from tests.conftest import HI, InProcessService, Service, refusal, serving
+from tests.conftest import HI, ROOT, InProcessService, Service, refusal, serving
+from tests.operations import make_token
 from tests.upstream import HANG, Gate, Upstream, stream
 from tests.wire.test_access import limited
 from tests.wire.test_resume import rest
@@ -27,6 +30,8 @@ pytestmark = pytest.mark.anyio
 
 ISSUER = "https://auth.example.com/"
 AUDIENCE = "chat"
+needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+
 SECRET = "0123456789abcdef0123456789abcdef"  # noqa: S105 -- of these tests only
 
 RSA = rsa.generate_private_key(65537, 2048)
@@ -482,3 +487,26 @@ async def test_answer_outlives_its_token(grok: Upstream) -> None:
         async with service.client.stream("GET", created.json()["url"]) as response:
             assert response.status_code == 200
         assert (await service.client.delete(f"/api/chat/{created.json()['id']}")).status_code == 204
+
+
+# What a backend of one's own needs.
+
+
+@pytest.mark.parametrize("language", ["python", pytest.param("node", marks=needs_node)])
+async def test_recipes(grok: Upstream, language: str) -> None:
+    """The ten lines that the README links to make tokens that let in, and name the user."""
+    grok.set_scripts(stream("a"))
+    if language == "python":
+        made = make_token.token("ada", SECRET)
+    else:
+        code = "import(process.argv[1]).then(({ token }) => console.log(token('ada')))"
+        process = await asyncio.create_subprocess_exec(
+            *("node", "--eval", code, str(ROOT / "tests/operations/token.mjs")),
+            env={"AUTH_JWT_SECRET": SECRET, "PATH": os.environ["PATH"]},
+            stdout=asyncio.subprocess.PIPE,
+        )
+        made = (await process.communicate())[0].decode().strip()
+    async with serving(grok.url, auth_jwt_secret=SECRET, rate_limit="1/day") as service:
+        assert (await service.ask(headers=bearer(made))).status_code == 200
+        limited(await service.ask(headers=bearer(token(SECRET, "HS256", sub="ada"))))
+        await unauthorized(service, bearer(made[:-2]))
