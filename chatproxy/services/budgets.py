@@ -3,6 +3,7 @@
 Knows no HTTP server; the header fields are those of the IETF draft "RateLimit header fields for HTTP".
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -104,14 +105,14 @@ class MemoryLedger:
                 fresh = _Account(now + self._own.seconds)
                 fresh.reserved = self._callers.pop(caller).reserved if account is not None else 0
                 self._callers[caller] = account = fresh
-                self._forget(now, caller)
+                self._forget(now)
             yield self._own, account
 
-    def _forget(self, now: float, newest: str) -> None:
+    def _forget(self, now: float) -> None:
         excess = len(self._callers) - self._max_callers
         forgotten: list[str] = []
-        for caller, account in self._callers.items():
-            if caller == newest or (account.until > now and len(forgotten) >= excess):
+        for caller, account in itertools.islice(self._callers.items(), len(self._callers) - 1):  # never the newest
+            if account.until > now and len(forgotten) >= excess:
                 break
             if not account.reserved:  # else its answer is running, and will be booked
                 forgotten.append(caller)
@@ -123,11 +124,13 @@ def require(budget: RateLimit, used: int, reserved: int, seconds: float, tokens:
     """Raises BudgetSpent, unless something is left, and enough; but one answer may run for whatever it costs."""
     if used < budget.count and (used + reserved + tokens <= budget.count or not reserved):
         return
-    wait = max(1, math.ceil(seconds)) if used >= budget.count else RESERVED_RETRY_AFTER
-    if not own:
-        raise BudgetSpent("The tokens that this service grants to all are used up for now.", retry_after=wait)
+    wait, why = RESERVED_RETRY_AFTER, "reserved for answers that are running"
+    if used >= budget.count:
+        wait, why = max(1, math.ceil(seconds)), "used up for now"
+    if not own:  # whose total is nobody else's business
+        raise BudgetSpent(f"The tokens of this service are {why}. Wait for Retry-After seconds.", retry_after=wait)
     raise BudgetSpent(
-        "Your tokens are used up for now. Wait for Retry-After seconds.",
+        f"Your tokens are {why}. Wait for Retry-After seconds.",
         retry_after=wait,
         headers=budget_headers(budget, balance(budget, used + reserved, seconds)),
     )
@@ -179,11 +182,11 @@ class Reservation:
         self._budgets.ledger.change(self._caller, reserved=-self._tokens, used=tokens)
 
     def raise_(self) -> None:
-        if self._summary.asked_at is not None:
-            more = self._budgets.estimator.so_far(self._request_size, 0, self._summary) - self._tokens
-            if more > 0:
-                self._tokens += more
-                self._budgets.ledger.change(self._caller, reserved=more, used=0)
+        asked = self._summary.asked_at is not None
+        tokens = self._budgets.estimator.so_far(self._request_size, 0, self._summary) if asked else 0
+        if (more := tokens - self._tokens) > 0:
+            self._tokens = tokens
+            self._budgets.ledger.change(self._caller, reserved=more, used=0)
 
 
 class TokenBudgets:

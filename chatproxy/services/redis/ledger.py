@@ -45,6 +45,7 @@ class RedisLedger:
         self._total = 0, 0
         self._total_until = 0.0  # when that window ends; on the monotonic clock
         self._wake = asyncio.Event()
+        self._flushing = asyncio.Lock()
         commands.on_connect.append(self._connected)
 
     async def reserve(self, caller: str, tokens: int) -> Balance | None:
@@ -136,22 +137,25 @@ class RedisLedger:
 
     async def flush(self) -> None:
         """Tell all there is now. What could not be told is kept for later."""
+        async with self._flushing:
+            await self._flush()
+
+    async def _flush(self) -> None:
         while self._commands.available and (self._telling or self._changed):
             for name in self._changed - self._telling.keys():
                 self._changed.discard(name)
                 self._telling[name] = next(self._numbers), self._used.pop(name, 0)
-            told = dict(self._telling)
+            told = list(self._telling)
             try:
                 replies = await self._commands.execute(*map(self._booking, told))
             except StoreUnavailable:
                 return
             refused = False
-            for (name, booking), reply in zip(told.items(), replies, strict=True):
+            for name, reply in zip(told, replies, strict=True):
                 if isinstance(reply, RedisError):  # its memory is full, or the key is not ours
                     refused = True
                     continue
-                if self._telling.get(name) == booking:
-                    del self._telling[name]
+                del self._telling[name]
                 if name == ALL:
                     self._note_total(*reply)
                 if not self._reserved[name]:
