@@ -145,7 +145,6 @@ class StreamSummary:
     __slots__ = (
         "answering",
         "asked_at",
-        "characters",
         "code",
         "counts",
         "deltas",
@@ -155,6 +154,7 @@ class StreamSummary:
         "on_end",
         "request_id",
         "started_at",
+        "text_bytes",
         "tool_calls",
     )
 
@@ -165,7 +165,7 @@ class StreamSummary:
         self.answering = False  # Grok's first chunk has come
         self.first_token_ms: float | None = None  # milliseconds from the request to the first text
         self.deltas = 0  # of text
-        self.characters = 0  # of text and reasoning: what was paid, where Grok does not say
+        self.text_bytes = 0  # of text and reasoning, in UTF-8: what was paid, where Grok does not say
         self.tool_calls: dict[str, int] = {}
         self.model: str | None = None
         self.counts = Usage()
