@@ -368,7 +368,7 @@ async def test_openai_shape(grok: Upstream, stream: bool) -> None:
         assert response.headers["X-Should-Retry"] == "false"
 
 
-async def test_booked_whole_answer(grok: Upstream) -> None:
+async def test_whole_answer_is_booked(grok: Upstream) -> None:
     """An answer that comes in one piece is booked as a stream is, also if the caller does not wait for it."""
     body = {"messages": HI, "model": "grok-4.3"}
     grok.set_scripts(answer(counts=usage(40, 60)), stream("a", HANG))
@@ -383,7 +383,7 @@ async def test_booked_whole_answer(grok: Upstream) -> None:
         assert (booked > 100 + len(grok.calls[1].content) / 3, estimated) == (True, 1)
 
 
-async def test_spent_tokens_are_forgotten(grok: Upstream) -> None:
+async def test_spent_is_forgotten(grok: Upstream) -> None:
     """Without Redis a restart forgets what was spent."""
     grok.set_scripts(answer(counts=usage(40, 60)))
     for _ in range(2):
