@@ -4,6 +4,7 @@
 event stream and nobody's JSON.
 """
 
+import re
 import time
 from collections.abc import Callable
 from typing import Annotated, Literal
@@ -130,6 +131,10 @@ class Failed(Struct, frozen=True):
 Event = Started | TextDelta | ReasoningDelta | ToolCall | Citations | Finished | Done | Failed
 
 
+# Whoever answers in Grok's place chooses what it calls itself, and may put anything there: only a name is logged.
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,63}")
+
+
 class StreamSummary:
     """What is known of one answer, for log, metrics and limits: times, counts and its end, never content.
 
@@ -140,7 +145,6 @@ class StreamSummary:
     __slots__ = (
         "answering",
         "asked_at",
-        "characters",
         "code",
         "counts",
         "deltas",
@@ -150,6 +154,7 @@ class StreamSummary:
         "on_end",
         "request_id",
         "started_at",
+        "text_bytes",
         "tool_calls",
     )
 
@@ -160,7 +165,7 @@ class StreamSummary:
         self.answering = False  # Grok's first chunk has come
         self.first_token_ms: float | None = None  # milliseconds from the request to the first text
         self.deltas = 0  # of text
-        self.characters = 0  # of text and reasoning: what was paid, where Grok does not say
+        self.text_bytes = 0  # of text and reasoning, in UTF-8: what was paid, where Grok does not say
         self.tool_calls: dict[str, int] = {}
         self.model: str | None = None
         self.counts = Usage()
@@ -182,7 +187,7 @@ class StreamSummary:
         return {
             "end": self.end,
             "code": self.code,
-            "model": self.model,
+            "model": self.model if self.model and _MODEL_NAME.fullmatch(self.model) else None,
             "first_token_ms": self.first_token_ms,
             "deltas": self.deltas,
             "prompt_tokens": counts.prompt_tokens,

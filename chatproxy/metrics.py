@@ -69,6 +69,12 @@ class Metrics:
             "Answers that were booked by an estimate, because Grok did not tell their usage.",
             registry=registry,
         )
+        self.upstream_connections = Gauge(
+            "chatproxy_upstream_connections",
+            "Connections to Grok: busy, idle, and spare ones that were made before they are needed.",
+            ["state"],
+            registry=registry,
+        )
         self.handshakes_waited = Counter(
             "chatproxy_handshakes_waited",
             "Requests to Grok that had to wait for a new connection.",
@@ -83,14 +89,8 @@ class Metrics:
 
     def watch_connections(self, counts: Callable[[], Mapping[str, int]]) -> None:
         """Tell what the connections to Grok are doing, by state."""
-        gauge = Gauge(
-            "chatproxy_upstream_connections",
-            "Connections to Grok: busy, idle, and spare ones that were made before they are needed.",
-            ["state"],
-            registry=self._registry,
-        )
         for state in counts():
-            gauge.labels(state).set_function(partial(_value, counts, state))
+            self.upstream_connections.labels(state).set_function(partial(_value, counts, state))
 
     def watch_store(self, available: Callable[[], bool]) -> None:
         """Tell whether the store can be reached. (What is in memory always can.)"""

@@ -29,6 +29,7 @@ from chatproxy.errors import (
 from chatproxy.lifecycle import Lifecycle
 from chatproxy.metrics import Metrics
 from chatproxy.routes.responses import ClientDisconnected, ErrorResponse, OpenAIErrorResponse, RequestContext
+from chatproxy.services.access import MAX_ADDRESS
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class RequestLogMiddleware:
         route = scope["route"].path if "route" in scope else "-"
         fields: dict[str, object] = {
             "request_id": context.request_id,
-            "client": context.client or (scope["client"][0] if scope.get("client") else None),
+            "client": context.client or _client_address(scope),
             "method": scope["method"],
             "route": route,
             "status": context.status or None,  # None: the client disconnected before there was one
@@ -196,6 +197,14 @@ class OriginMiddleware:
             return scheme in ("http", "https") and origin(name) == origin(f"{scheme}://{headers.get('host')}")
         except ValueError:
             return False
+
+
+def _client_address(scope: Scope) -> str | None:
+    """For the log: an address and nothing else, for a proxy may pass on whatever the client has sent for one."""
+    if not scope.get("client"):
+        return None
+    address: str = scope["client"][0]
+    return address if len(address) <= MAX_ADDRESS and _is_ip_literal(address) else "unknown"
 
 
 def _preflight_headers(headers: Headers) -> dict[str, str]:

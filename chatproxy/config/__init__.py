@@ -119,6 +119,7 @@ UNSHOWN = {
     "ACCESS_TOKENS",
     "SYSTEM_PROMPT",
     "REDIS_URL",
+    "AUTH_JWKS_URL",
     "AUTH_JWT_SECRET",
 }
 
@@ -126,8 +127,8 @@ UNSHOWN = {
 ALIASES = ("XAI_API_KEY", "GROK_API_KEY_FILE")
 FILES = {"REDIS_URL_FILE": values.redis_url, "AUTH_JWT_SECRET_FILE": values.jwt_secret}
 
-# The built-in demo is on this machine, and needs neither certificates nor a proxy.
-FOR_GROK_ONLY = ("SSL_CERT_FILE", "SSL_CERT_DIR")
+# The built-in demo is on this machine, and needs neither certificates nor a proxy; an identity provider does.
+FOR_OTHER_MACHINES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 
 
 def variables() -> list[str]:
@@ -145,9 +146,10 @@ def load(environ: Mapping[str, str], problems: Iterable[str] = ()) -> Settings:
     found = [*problems, *found]
     read: dict[str, Any] = {"grok_api_key": Secret(keys.pop())} if keys else {}
     demo = not any(name in given for name in ("GROK_API_KEY", *ALIASES))
+    ignored = {"GROK_API_KEY", *(FOR_OTHER_MACHINES if demo and "AUTH_JWKS_URL" not in given else ())}
     for field in msgspec.structs.fields(Settings):
         variable = field.name.upper()
-        if variable not in given or field.name in ("grok_api_key", *DERIVED) or (demo and variable in FOR_GROK_ONLY):
+        if variable not in given or variable in ignored or field.name in DERIVED:
             continue
         try:
             read[field.name] = _value(field, given[variable])

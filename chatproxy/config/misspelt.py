@@ -9,6 +9,9 @@ from chatproxy.config import proxies
 # What Kubernetes sets for a service named `grok`, and names of another company.
 OTHERS = re.compile(r"GROK_(SERVICE_(HOST|PORT)|PORT)(_\w+)?|GROQ_\w+")
 
+# Characters. Shorter names (HOST, PORT) are almost like those of many other programs.
+SHORT = 8
+
 
 def warnings(environ: Mapping[str, str], names: Iterable[str]) -> list[str]:
     """A sentence for each: names that begin with GROK_, and those that are almost one of these that are read."""
@@ -26,11 +29,12 @@ def warnings(environ: Mapping[str, str], names: Iterable[str]) -> list[str]:
 
 
 def _likely(name: str, known: list[str]) -> str | None:
-    """The variable that is meant by this name, if it is like one."""
+    """The variable that is meant by this name, if it is like one, or would name a file of its value."""
     if name.startswith(("GROK_", "XAI_")):
         ours = [word for word in known if word.startswith(("GROK_", "XAI_"))]
         matches = get_close_matches(name.replace("XAI_", "GROK_", 1), ours, 1, 0.75)
     else:
-        # Short names (HOST, PORT) are almost like those of many other programs.
-        matches = get_close_matches(name, [word for word in known if len(word) >= 8], 1, 0.88)
+        long = [word for word in known if len(word) >= SHORT]
+        whole = name.removesuffix("_FILE")
+        matches = [whole] if whole in long else get_close_matches(name, long, 1, 0.88)
     return matches[0] if matches else None

@@ -121,10 +121,18 @@ async def _prepare(request: Request[AppState], caller: Caller, decode: Callable[
 
 
 async def _admit(state: AppState, caller: Caller, prepared: Prepared) -> dict[str, str]:
-    """Count a new answer; gives the header fields that tell what is left. Raises ChatError."""
-    chats = await state["rate_limiter"].acquire(caller)
-    tokens = await state["budgets"].reserve(caller, prepared.completion.request_size, prepared.summary)
-    return joined(chats, tokens)
+    """Count a new answer; gives the header fields that tell what is left. Raises ChatError, and then counts nothing.
+
+    Tokens come first because they can be given back.
+    """
+    reservation = await state["budgets"].reserve(caller, prepared.completion.request_size, prepared.summary)
+    try:
+        chats = await state["rate_limiter"].acquire(caller)
+    except BaseException:
+        if reservation is not None:
+            reservation.cancel()
+        raise
+    return chats if reservation is None else joined(chats, reservation.headers)
 
 
 async def _resumable(

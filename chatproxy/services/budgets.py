@@ -3,6 +3,7 @@
 Knows no HTTP server; the header fields are those of the IETF draft "RateLimit header fields for HTTP".
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -108,23 +109,28 @@ class MemoryLedger:
             yield self._own, account
 
     def _forget(self, now: float) -> None:
-        while True:
-            oldest = next(iter(self._callers))
-            account = self._callers[oldest]
-            if account.reserved or (account.until > now and len(self._callers) <= self._max_callers):
-                return
-            del self._callers[oldest]
+        excess = len(self._callers) - self._max_callers
+        forgotten: list[str] = []
+        for caller, account in itertools.islice(self._callers.items(), len(self._callers) - 1):  # never the newest
+            if account.until > now and len(forgotten) >= excess:
+                break
+            if not account.reserved:  # else its answer is running, and will be booked
+                forgotten.append(caller)
+        for caller in forgotten:
+            del self._callers[caller]
 
 
 def require(budget: RateLimit, used: int, reserved: int, seconds: float, tokens: int, own: bool) -> None:
     """Raises BudgetSpent, unless something is left, and enough; but one answer may run for whatever it costs."""
     if used < budget.count and (used + reserved + tokens <= budget.count or not reserved):
         return
-    wait = max(1, math.ceil(seconds)) if used >= budget.count else RESERVED_RETRY_AFTER
-    if not own:
-        raise BudgetSpent("The tokens that this service grants to all are used up for now.", retry_after=wait)
+    wait, why = RESERVED_RETRY_AFTER, "reserved for answers that are running"
+    if used >= budget.count:
+        wait, why = max(1, math.ceil(seconds)), "used up for now"
+    if not own:  # whose total is nobody else's business
+        raise BudgetSpent(f"The tokens of this service are {why}. Wait for Retry-After seconds.", retry_after=wait)
     raise BudgetSpent(
-        "Your tokens are used up for now. Wait for Retry-After seconds.",
+        f"Your tokens are {why}. Wait for Retry-After seconds.",
         retry_after=wait,
         headers=budget_headers(budget, balance(budget, used + reserved, seconds)),
     )
@@ -143,10 +149,13 @@ def budget_headers(budget: RateLimit, balance: Balance) -> dict[str, str]:
     }
 
 
-class _Reservation:
-    __slots__ = ("_budgets", "_caller", "_request_size", "_summary", "_tokens")
+class Reservation:
+    """What is reserved for one answer; settled when its summary is closed. `headers` tell what is left."""
+
+    __slots__ = ("_budgets", "_caller", "_request_size", "_summary", "_tokens", "headers")
 
     def __init__(self, budgets: "TokenBudgets", caller: str, request_size: int, summary: StreamSummary) -> None:
+        self.headers: dict[str, str] = {}
         self._budgets = budgets
         self._caller = caller
         self._request_size = request_size
@@ -159,6 +168,12 @@ class _Reservation:
         self._summary.on_end.append(self._settle)
         return balance
 
+    def cancel(self) -> None:
+        """Give all back: the answer does not begin."""
+        self._summary.on_end.remove(self._settle)
+        self._budgets.running.discard(self)
+        self._budgets.ledger.change(self._caller, reserved=-self._tokens, used=0)
+
     def _settle(self, summary: StreamSummary) -> None:
         self._budgets.running.discard(self)
         tokens, estimated = self._budgets.estimator.after(self._request_size, self._tokens, summary)
@@ -167,11 +182,11 @@ class _Reservation:
         self._budgets.ledger.change(self._caller, reserved=-self._tokens, used=tokens)
 
     def raise_(self) -> None:
-        if self._summary.asked_at is not None:
-            more = self._budgets.estimator.so_far(self._request_size, 0, self._summary) - self._tokens
-            if more > 0:
-                self._tokens += more
-                self._budgets.ledger.change(self._caller, reserved=more, used=0)
+        asked = self._summary.asked_at is not None
+        tokens = self._budgets.estimator.so_far(self._request_size, 0, self._summary) if asked else 0
+        if (more := tokens - self._tokens) > 0:
+            self._tokens = tokens
+            self._budgets.ledger.change(self._caller, reserved=more, used=0)
 
 
 class TokenBudgets:
@@ -181,21 +196,24 @@ class TokenBudgets:
         self.estimator = Estimator()
         self.ledger = ledger
         self.metrics = metrics
-        self.running: set[_Reservation] = set()
+        self.running: set[Reservation] = set()
         self._own = settings.token_budget_per_client
         self.limited = settings.token_budget is not None or self._own is not None
         if settings.token_budget is not None:
             metrics.watch_budget(settings.token_budget.count, ledger.total)
 
-    async def reserve(self, caller: Caller, request_size: int, summary: StreamSummary) -> dict[str, str]:
-        """Reserve what an answer may cost, for a request of so many bytes; it is settled when `summary` is closed.
+    async def reserve(self, caller: Caller, request_size: int, summary: StreamSummary) -> Reservation | None:
+        """Reserve what an answer may cost, for a request of so many bytes; None where there are no budgets.
 
-        Gives the header fields that tell what is left of the caller's budget. Raises BudgetSpent and StoreUnavailable.
+        Raises BudgetSpent and StoreUnavailable.
         """
         if not self.limited:
-            return {}
-        balance = await _Reservation(self, caller.id, request_size, summary).enter()
-        return budget_headers(self._own, balance) if self._own is not None and balance is not None else {}
+            return None
+        reservation = Reservation(self, caller.id, request_size, summary)
+        balance = await reservation.enter()
+        if self._own is not None and balance is not None:
+            reservation.headers = budget_headers(self._own, balance)
+        return reservation
 
     async def watch(self) -> None:
         """Reserve more for answers that have outgrown their estimate, until cancelled."""

@@ -13,7 +13,7 @@ from chatproxy.events import StreamSummary
 # Tokens. What xAI adds to a prompt is up to 1,650 (seen with grok-4.5), and hidden reasoning outweighs most texts.
 FIRST_OVERHEAD = 2000
 LEAST_ANSWER = 4000
-LARGEST_ANSWER = 16_384  # of one that was hung up, if none was larger
+LARGEST_ANSWER = 16_384  # that is guessed of one that was hung up, if none was larger
 
 # Tokens per second; 85 to 200 have been seen.
 FIRST_SPEED = 160.0
@@ -61,8 +61,10 @@ class Estimator:
         """Tokens of an answer that is running, or was hung up."""
         assert summary.asked_at is not None
         seconds = time.monotonic() - summary.asked_at
-        answer = max(summary.characters / 3, summary.deltas, seconds * max(self._speeds, default=FIRST_SPEED))
-        return self._prompt(request_size) + math.ceil(min(answer, max(reserved, self._largest)))
+        # What has come is certain, however much it is. What may have been generated besides is a guess with a bound.
+        seen = max(summary.text_bytes / 3, summary.deltas)
+        guess = min(seconds * max(self._speeds, default=FIRST_SPEED), max(reserved, self._largest))
+        return self._prompt(request_size) + math.ceil(max(seen, guess))
 
     def after(self, request_size: int, reserved: int, summary: StreamSummary) -> tuple[int, bool]:
         """Tokens to book for an answer that has ended, and whether that is an estimate."""

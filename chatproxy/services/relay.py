@@ -52,7 +52,7 @@ async def relay(
                             if not summary.deltas:
                                 summary.first_token_ms = round((time.monotonic() - summary.started_at) * 1000, 1)
                             summary.deltas += 1
-                            summary.characters += len(event.text)
+                            summary.text_bytes += _size(event.text)
                         else:
                             _count(event, summary)
                     events += received
@@ -88,11 +88,15 @@ async def relay(
 def _count(event: Event, summary: StreamSummary) -> None:
     match event:
         case ReasoningDelta():
-            summary.characters += len(event.text)
+            summary.text_bytes += _size(event.text)
         case ToolCall(tool=tool, status="started"):
             summary.tool_calls[tool] = summary.tool_calls.get(tool, 0) + 1
         case _:
             pass
+
+
+def _size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
 
 
 async def encode(

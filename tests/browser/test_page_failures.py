@@ -120,6 +120,21 @@ async def test_asked_too_often(page: Page) -> None:
         await expect(page.get_by_role("button", name="Try again in 60 min")).to_be_disabled()
 
 
+@pytest.mark.parametrize(
+    ("setting", "whose"), [("token_budget", "The tokens of this service"), ("token_budget_per_client", "Your tokens")]
+)
+async def test_spent_budget(page: Page, setting: str, whose: str) -> None:
+    """Where tokens are used up, the page says whose, and in how many hours there are some again."""
+    async with Upstream(stream("once")) as upstream, serving(upstream.url, **{setting: "5/day"}) as service:
+        await page.goto(service.url)
+        await say(page, "Hi")
+        await expect(button(page, "Copy")).to_be_visible()
+        await say(page, "Hi")
+        await expect(failure(page)).to_have_text(f"{whose} are used up for now. Wait for 24 h.")
+        await expect(button(page, "Try again in 24 h")).to_be_disabled()
+        assert len(upstream.calls) == 1
+
+
 async def test_soon_again(page: Page) -> None:
     """A wait of few seconds is waited for by itself, and the page says why."""
     slow_down = error(503, {"code": "x", "error": "at capacity"}, {"Retry-After": "1"})

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from chatproxy.config.timing import Timing
 from tests.conftest import TIMEOUT, Service, refusal, serving
 from tests.redis_servers import RedisServer, engines, needs_redis
 from tests.replicas.fleets import BRISK, becomes, fleet
@@ -97,10 +98,96 @@ async def test_dead_replica(grok: Upstream, redis: RedisServer) -> None:
         redis.do("SET", "dead:replica:another", "1", "PX", 200)
         assert (await service.ask()).status_code == 200
         assert (await spent(service))[0] < 7000
-        await asyncio.sleep(0.25)
+        await asyncio.sleep(BRISK.lease + 0.1)
         assert (await service.ask()).status_code == 200
         assert (await settled(service))[0] == 7150
         assert redis.do("HEXISTS", key, "another") == redis.do("HEXISTS", key, "#another") == 0
+
+
+async def test_leases_lost_at_once(grok: Upstream, redis: RedisServer) -> None:
+    """After Redis was away, replicas that had no time to come back do not count as dead."""
+    grok.set_scripts(answer(counts=usage(40, 10)))
+    settings = {"redis_prefix": "leases:", **common("100000/day")}
+    async with fleet(grok, redis, 1, BRISK, **settings) as (service,):
+        assert (await service.ask()).status_code == 200
+        await settled(service)
+        await asyncio.sleep(BRISK.lease)
+        [key] = [key for key in redis.everything() if key.startswith("leases:") and key.endswith(":reserved")]
+        redis.do("CLIENT", "KILL", "TYPE", "normal")
+        await becomes(service, "/readyz", '"store":"unavailable"')
+        redis.do("HSET", key, "another", 7000)
+        await back(service)
+        assert (await service.ask()).status_code == 200
+        async with asyncio.timeout(TIMEOUT):
+            while (await spent(service))[:2] != (100, 7000):  # noqa: ASYNC110 -- nobody tells when
+                await asyncio.sleep(0.02)
+
+
+async def test_reserving_shows_life(grok: Upstream, redis: RedisServer) -> None:
+    """A replica that reserves is alive, though it has not renewed its lease in time."""
+    drowsy = Timing(lease=1.2, sweep_interval=60)
+    gate = Gate()
+    grok.set_scripts(sse(gate, frame(chunk({"content": "a"})), finish(usage(40, 10)), DONE), answer(counts=usage(50)))
+    async with fleet(grok, redis, 2, drowsy, redis_prefix="life:", **common("100000/day")) as (first, second):
+        await asyncio.sleep(drowsy.lease + 0.1)
+        assert not [key for key in redis.everything() if key.startswith("life:replica:")]
+        running = asyncio.create_task(first.ask())
+        await grok.call()
+        assert (await second.ask()).status_code == 200
+        gate.open()
+        assert (await running).status_code == 200
+        await booked(first, 100)
+        assert (await spent(first))[0] == 100
+
+
+async def test_window_of_all(grok: Upstream, redis: RedisServer) -> None:
+    """The window ends for all replicas at once, and what is shown of it does too, though nobody asks."""
+    grok.set_scripts(answer(counts=usage(40, 60)))
+    settings = {"redis_prefix": "window:", **common("100/day"), **own("100/day")}
+    async with fleet(grok, redis, 2, BRISK, **settings) as (first, second):
+        assert (await first.ask()).status_code == 200
+        await booked(first, 100)
+        for key in redis.everything():
+            if key.startswith("window:") and key.endswith(":used"):
+                redis.do("PEXPIRE", key, 2000)
+        assert denied(await second.ask()) <= 2
+        assert (await spent(second))[0] == 100
+        async with asyncio.timeout(TIMEOUT):
+            while (await spent(second))[0]:  # noqa: ASYNC110 -- nobody tells when
+                await asyncio.sleep(0.02)
+        assert (await second.ask()).status_code == 200
+
+
+async def test_foreign_key(grok: Upstream, redis: RedisServer) -> None:
+    """A key that is not ours holds up the bookings of nobody else, and what it held up is booked once it is gone."""
+    gate = Gate()
+    slow = sse(frame(chunk({"content": "a"})), gate, finish(usage(40, 10)), DONE)
+    grok.set_scripts(slow, answer(counts=usage(40, 60)))
+    settings = {"redis_prefix": "foreign:", **own("50000/day")}
+    one, another = ({"X-Forwarded-For": f"203.0.113.{number}"} for number in range(2))
+    async with fleet(grok, redis, 1, BRISK, **settings) as (service,):
+
+        def used() -> list[str]:
+            return [key for key in redis.everything() if key.startswith("foreign:") and key.endswith(":used")]
+
+        async with service.asking(headers=one) as live:
+            await live.event()
+            [key] = used()
+            redis.do("DEL", key)
+            redis.do("RPUSH", key, "x")
+            gate.open()
+            await live.rest()
+        assert (await service.ask(headers=one)).status_code == 503
+        for _ in range(2):
+            assert (await service.ask(headers=another)).status_code == 200
+        [its] = [name for name in used() if name != key]
+        async with asyncio.timeout(TIMEOUT):
+            while redis.do("GET", its) != b"200":  # noqa: ASYNC110 -- nobody tells when
+                await asyncio.sleep(0.02)
+        redis.do("DEL", key)
+        async with asyncio.timeout(TIMEOUT):
+            while redis.do("GET", key) != b"50":  # noqa: ASYNC110 -- nobody tells when
+                await asyncio.sleep(0.02)
 
 
 @pytest.mark.parametrize("policy", ["closed", "open"])

@@ -256,6 +256,19 @@ async def test_address(trusted: str, forwarded: str, client: str, caplog: pytest
     assert [vars(line)["client"] for line in lines[:2]] == [client] * 2
 
 
+@pytest.mark.parametrize(
+    "sent", ["203.0.113.9 status=200 end=done", "canary", "a" * 30_000, "fe80::1%" + "a" * 99, "é"]
+)
+async def test_what_is_no_address(sent: str, caplog: pytest.LogCaptureFixture) -> None:
+    """What a proxy passes on in an address's place is not logged."""
+    caplog.set_level(logging.INFO, "chatproxy")
+    headers = [(b"X-Forwarded-For", sent.encode())]
+    async with Upstream() as grok, serving(grok.url, forwarded_allow_ips="*") as service:
+        assert (await service.client.get("/v1/models", headers=headers)).status_code == 200
+    [line] = [record for record in caplog.records if record.getMessage() == "request"]
+    assert vars(line)["client"] == "unknown"
+
+
 async def test_trailers(caplog: pytest.LogCaptureFixture) -> None:
     """What follows a body is no header: a proxy that passes it on (HAProxy does) has not written it."""
     caplog.set_level(logging.INFO, "chatproxy")

@@ -110,6 +110,14 @@ async def test_odd_counts(grok: Upstream, service: InProcessService, counts: obj
     assert (1000 < booked < 20_000, estimated) == (True, 1)
 
 
+async def test_late_usage(grok: Upstream, service: InProcessService) -> None:
+    """Usage that comes after the finish reason, and more than once, is booked once, as it was told last."""
+    late = [frame(chunk(None, usage=usage(count))) for count in (40, 50)]
+    grok.set_scripts(sse(frame(chunk({"content": "a"})), finish(None), *late, DONE))
+    assert (await service.ask()).status_code == 200
+    assert await settled(service) == (50, 0)
+
+
 async def test_usage_before_the_end(grok: Upstream, service: InProcessService) -> None:
     """Usage that came counts, though the caller did not stay for the end."""
     grok.set_scripts(sse(frame(chunk({"content": "a"})), finish(usage(40, 10)), HANG))
@@ -141,6 +149,16 @@ async def test_booked_when_left(grok: Upstream, service: InProcessService, when:
         caller.reset()
     booked, estimated = await settled(service)
     assert (2000 < booked < 6000, estimated) == (True, 1)
+
+
+@pytest.mark.parametrize(("text", "least"), [("x" * 90_000, 30_000), ("\u6f22" * 30_000, 30_000)], ids=["latin", "han"])
+async def test_long_before_left(grok: Upstream, service: InProcessService, text: str, least: int) -> None:
+    """What was received is booked in full, in any script, though it is more than a guess may be."""
+    grok.set_scripts(stream(text, HANG))
+    async with service.asking() as live:
+        await live.event()
+    booked, estimated = await settled(service)
+    assert (least < booked < least + 10_000, estimated) == (True, 1)
 
 
 @pytest.mark.parametrize(
@@ -232,11 +250,13 @@ async def test_edge(grok: Upstream) -> None:
         while done < 198:  # two of 6,000 fit
             done = sum(task.done() for task in asking)
             await asyncio.sleep(0.01)
-        assert len(grok.calls) == 2
+        await grok.call(1)
         gate.open()
         answers = [await task for task in asking]
         assert sum(response.status_code == 200 for response in answers) == 2
         assert {denied(response) for response in answers if response.status_code != 200} == {10}
+        messages = {refusal(response)["message"] for response in answers if response.status_code != 200}
+        assert messages == {"Your tokens are reserved for answers that are running. Wait for Retry-After seconds."}
         assert denied(await service.ask()) > 80_000  # 20,000 are used: one answer too much
         assert len(grok.calls) == 2
 
@@ -253,7 +273,7 @@ async def test_last_answer(grok: Upstream, resumable: bool) -> None:
         assert 86_000 < denied(response) <= 86_400
         assert left(response) == 0
         assert response.headers["RateLimit-Policy"] == '"tokens";q=100;w=86400;qu="tokens"'
-        assert "Your tokens" in refusal(response)["message"]
+        assert "Your tokens are used up" in refusal(response)["message"]
 
 
 async def test_what_is_left(grok: Upstream) -> None:
@@ -279,7 +299,7 @@ async def test_common_budget(grok: Upstream) -> None:
         response = await service.ask(headers={"X-Forwarded-For": "203.0.113.9"})
         assert denied(response) > 80_000
         assert "RateLimit" not in response.headers
-        assert "This service" in refusal(response)["message"] or "this service" in refusal(response)["message"]
+        assert "The tokens of this service are used up" in refusal(response)["message"]
         assert "100" not in response.text.replace(refusal(response)["request_id"], "")
 
 
@@ -318,6 +338,24 @@ async def test_place_taken(grok: Upstream) -> None:
         assert await spent(service) == reserved
 
 
+@pytest.mark.parametrize("resumable", [False, True])
+async def test_budget_before_rate(grok: Upstream, resumable: bool) -> None:
+    """A chat that the budget refuses does not count as one, and one that the rate refuses leaves nothing reserved."""
+    grok.set_scripts(answer(counts=usage(40, 60)))
+
+    def key(name: str) -> dict[str, str]:
+        return {"Idempotency-Key": name} if resumable else {}
+
+    async with serving(grok.url, **own("100/day"), rate_limit="2/day") as service:
+        assert (await service.ask(headers=key("a"))).status_code == 200
+        for name in "bcd":
+            denied(await service.ask(headers=key(name)))
+    async with serving(grok.url, **common("100000/day"), rate_limit="1/day") as service:
+        assert (await service.ask(headers=key("a"))).status_code == 200
+        assert refusal(await service.ask(headers=key("b")))["code"] == "rate_limited"
+        assert await spent(service) == (100, 0, 0)
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_openai_shape(grok: Upstream, stream: bool) -> None:
     """OpenAI's SDKs get the refusal in their own shape, and are told not to ask again where that would not help."""
@@ -328,6 +366,30 @@ async def test_openai_shape(grok: Upstream, stream: bool) -> None:
         response = await service.client.post("/v1/chat/completions", json=body)
         assert (response.status_code, response.json()["error"]["code"]) == (429, "budget_spent")
         assert response.headers["X-Should-Retry"] == "false"
+
+
+async def test_whole_answer_is_booked(grok: Upstream) -> None:
+    """An answer that comes in one piece is booked as a stream is, also if the caller does not wait for it."""
+    body = {"messages": HI, "model": "grok-4.3"}
+    grok.set_scripts(answer(counts=usage(40, 60)), stream("a", HANG))
+    async with serving(grok.url, **common("100000/day")) as service, service.caller() as caller:
+        assert (await service.client.post("/v1/chat/completions", json=body)).json()["usage"]["total_tokens"] == 100
+        assert await settled(service) == (100, 0)
+        await caller.post(body, path="/v1/chat/completions")
+        await grok.call(1)
+        await asyncio.sleep(0.05)
+        caller.reset()
+        booked, estimated = await settled(service)
+        assert (booked > 100 + len(grok.calls[1].content) / 3, estimated) == (True, 1)
+
+
+async def test_spent_is_forgotten(grok: Upstream) -> None:
+    """Without Redis a restart forgets what was spent."""
+    grok.set_scripts(answer(counts=usage(40, 60)))
+    for _ in range(2):
+        async with serving(grok.url, **own("100/day")) as service:
+            assert (await service.ask()).status_code == 200
+            denied(await service.ask())
 
 
 async def test_raised(grok: Upstream) -> None:

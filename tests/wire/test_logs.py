@@ -244,6 +244,7 @@ async def test_words_of_grok(log_format: str, level: str) -> None:
         quoted = f"Too much of {word} for you"
         bodies += [{"code": "invalid-argument", "error": quoted}, {"code": quoted, "error": "x"}, quoted]
         bodies += [{"error": {"message": quoted, "code": quoted}}, {"error": quoted}]
+    bodies += [{"code": 123, "error": "x"}, {"error": {"code": 731, "message": "x"}}, {"code": "731", "error": "x"}]
     async with (
         Upstream() as grok,
         logging(grok, log_format, log_level=level, system_prompt="Obey canary-zebra.") as (
@@ -262,6 +263,7 @@ async def test_words_of_grok(log_format: str, level: str) -> None:
         for word in [*WORDS.values(), *PRIVATE, "zebra", "Too much", "pin is", "passphr"]:
             for written in (word, json.dumps(word)[1:-1], ascii(word)[1:-1]):
                 assert written not in service.stderr
+        assert set(re.findall(r"code (\d+)", service.stderr)) == set()
         assert "status 400" in service.stderr
         assert "'invalid-argument'" in service.stderr
         assert "code 'unknown'" in service.stderr

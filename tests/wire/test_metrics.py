@@ -24,6 +24,8 @@ NAMES = {
     "chatproxy_upstream_failures": "counter",
     "chatproxy_unread_deltas": "counter",
     "chatproxy_hang_up_seconds": "histogram",
+    "chatproxy_upstream_connections": "gauge",
+    "chatproxy_handshakes_waited": "counter",
 }
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]

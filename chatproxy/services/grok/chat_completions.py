@@ -5,7 +5,6 @@ from xAI's documentation and from recorded answers.
 """
 
 import json
-from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -14,8 +13,9 @@ from msgspec import Raw, Struct
 from chatproxy import sse
 from chatproxy.config import Settings
 from chatproxy.errors import ChatError, UpstreamFailed
-from chatproxy.events import Chat, Event, Finished, Message, ReasoningDelta, Redacted, TextDelta, Usage
+from chatproxy.events import Chat, Event, Finished, Message, ReasoningDelta, Redacted, TextDelta
 from chatproxy.services.grok import failures
+from chatproxy.services.grok.usage import count_chat, readable
 from chatproxy.surrogates import HalfJoiner, has_half
 
 PATH = "/chat/completions"
@@ -58,21 +58,8 @@ class Chunk(Redacted, Struct, gc=False):
     error: Any = None
 
 
-class _UsageDetails(Struct):
-    reasoning_tokens: int | None = None
-    cached_tokens: int | None = None
-
-
-class _Usage(Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    prompt_tokens_details: _UsageDetails | None = None
-    completion_tokens_details: _UsageDetails | None = None
-
-
 _encode = msgspec.json.Encoder().encode
 _decode_chunk = msgspec.json.Decoder(Chunk | None).decode
-_decode_usage = msgspec.json.Decoder(_Usage | None).decode
 
 
 def encode_request(settings: Settings, chat: Chat) -> bytes:
@@ -118,19 +105,8 @@ class Decoder:
     @property
     def finished(self) -> Finished:
         """Finish reason, model and usage, as far as they were told."""
-        usage, counts = self._usage, None
-        try:
-            bytes(usage).decode()  # it is passed on as it came
-        except UnicodeDecodeError:
-            usage = Raw()
-        if usage:
-            with suppress(ValueError):  # not worth an error: the answer is complete without
-                counts = _decode_usage(usage)
-        counts = counts or _Usage()
-        reasoning = (counts.completion_tokens_details or _UsageDetails()).reasoning_tokens
-        cached = (counts.prompt_tokens_details or _UsageDetails()).cached_tokens
-        tokens = Usage(counts.prompt_tokens, counts.completion_tokens, reasoning, cached)
-        return Finished(self._reason, self._model, usage, tokens, "chat")
+        usage = readable(self._usage)
+        return Finished(self._reason, self._model, usage, count_chat(usage), "chat")
 
     def feed(self, piece: bytes) -> list[Event]:
         """The events that are complete now."""

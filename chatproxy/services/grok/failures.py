@@ -191,6 +191,7 @@ def describe(status: int, body: bytes) -> str:
     """A refusal for the log, without a word of Grok's own."""
     code, message = parse(body)
     known = _sentence(message)
-    if not (isinstance(code, int) and 0 <= code < 1000) and code not in KNOWN_CODES:
+    # Numbers are those of gRPC or HTTP; any other one may be out of a prompt.
+    if not (isinstance(code, int) and (0 <= code <= 16 or 400 <= code < 600)) and code not in KNOWN_CODES:
         code = None if code is None else "unknown"
     return f"status {status}, code {code!r}, sentence {known!r}, {len(body)} bytes"

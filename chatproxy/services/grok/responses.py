@@ -5,7 +5,6 @@ from xAI's documentation and from recorded answers: an answer is made of output 
 apart by `output_index` (their ids repeat), and every text comes several times, first in deltas and then whole.
 """
 
-from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -23,12 +22,12 @@ from chatproxy.events import (
     ReasoningDelta,
     Redacted,
     TextDelta,
-    Usage,
 )
 from chatproxy.services.grok import failures
 from chatproxy.services.grok.joined_text import JoinedText
 from chatproxy.services.grok.response_events import Item, Response, decode, decode_items, objects, string
 from chatproxy.services.grok.searches import Searches, Sources
+from chatproxy.services.grok.usage import count_responses, readable
 
 PATH = "/responses"
 
@@ -52,20 +51,7 @@ class ResponseRequest(Redacted, Struct, omit_defaults=True):
     tools: list[dict[str, str]] | None = None
 
 
-class _UsageDetails(Struct):
-    reasoning_tokens: int | None = None
-    cached_tokens: int | None = None
-
-
-class _Usage(Struct):
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    input_tokens_details: _UsageDetails | None = None
-    output_tokens_details: _UsageDetails | None = None
-
-
 _encode = msgspec.json.Encoder().encode
-_decode_usage = msgspec.json.Decoder(_Usage | None).decode
 
 
 def encode_request(settings: Settings, chat: Chat, cache_key: str | None = None) -> bytes:
@@ -109,23 +95,8 @@ class Decoder:
     @property
     def finished(self) -> Finished:
         """Finish reason, model and usage, as far as they were told."""
-        usage, counts = self._usage, None
-        try:
-            bytes(usage).decode()  # it is passed on as it came
-        except UnicodeDecodeError:
-            usage = Raw()
-        if usage:
-            with suppress(ValueError):  # not worth an error: the answer is complete without
-                counts = _decode_usage(usage)
-        counts = counts or _Usage()
-        reasoning = (counts.output_tokens_details or _UsageDetails()).reasoning_tokens
-        cached = (counts.input_tokens_details or _UsageDetails()).cached_tokens
-        output = counts.output_tokens
-        if output is not None:
-            output = max(0, output - (reasoning or 0))  # which is part of it here, unlike in Chat Completions
-        return Finished(
-            self._reason, self._model, usage, Usage(counts.input_tokens, output, reasoning, cached), "responses"
-        )
+        usage = readable(self._usage)
+        return Finished(self._reason, self._model, usage, count_responses(usage), "responses")
 
     def feed(self, piece: bytes) -> list[Event]:
         """The events that are complete now."""

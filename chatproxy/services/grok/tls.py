@@ -44,14 +44,14 @@ class TLSTransport(asyncio.BufferedProtocol):
         self._buffers = buffers
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._ssl = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
-        self._established: asyncio.Future[None] | None = asyncio.get_running_loop().create_future()
+        self._established = False
+        self._handshake: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._error: Exception | None = None
 
     async def wait_for_handshake(self) -> None:
         """Raises OSError, of which ssl.SSLError is one."""
-        assert self._established is not None
         try:
-            await self._established
+            await self._handshake
         except BaseException:
             self._tcp.abort()
             raise
@@ -69,24 +69,24 @@ class TLSTransport(asyncio.BufferedProtocol):
         received = self._buffers.encrypted[:nbytes]
         for start in range(0, nbytes, SLICE):
             self._incoming.write(received[start : start + SLICE])
-            if self._established is not None:
-                self._shake_hands()
-            else:
+            if self._established:
                 self._decrypt()
+            else:
+                self._shake_hands()
             if self._tcp.is_closing():
                 break
 
     def eof_received(self) -> None:
-        if self._established is not None:
-            self._fail(ConnectionResetError("the server closed the connection during the TLS handshake"))
-        else:
+        if self._established:
             self._protocol.eof_received()
+        else:
+            self._fail(ConnectionResetError("the server closed the connection during the TLS handshake"))
 
     def connection_lost(self, error: Exception | None) -> None:
-        if self._established is not None:
-            self._fail(error or ConnectionResetError("the connection was lost during the TLS handshake"))
-        else:
+        if self._established:
             self._protocol.connection_lost(self._error or error)
+        else:
+            self._fail(error or ConnectionResetError("the connection was lost during the TLS handshake"))
         del self._protocol  # which holds this transport
 
     # What the protocol calls.
@@ -122,8 +122,6 @@ class TLSTransport(asyncio.BufferedProtocol):
     # Between the two.
 
     def _shake_hands(self) -> None:
-        established = self._established
-        assert established is not None
         try:
             self._ssl.do_handshake()
         except ssl.SSLWantReadError:
@@ -134,17 +132,17 @@ class TLSTransport(asyncio.BufferedProtocol):
             self._fail(error)
             return
         self._flush()
-        if established.done():  # whoever waited has left
+        if self._handshake.done():  # whoever waited has left
             return
-        self._established = None
+        self._established = True
         self._protocol.connection_made(self)
-        established.set_result(None)
+        self._handshake.set_result(None)
         self._decrypt()
 
     def _fail(self, error: Exception) -> None:
-        if self._established is not None and not self._established.done():
-            self._established.set_exception(error)
-            self._established.exception()  # whoever connects may have left before waiting for it
+        if not self._handshake.done():
+            self._handshake.set_exception(error)
+            self._handshake.exception()  # whoever connects may have left before waiting for it
 
     def _decrypt(self) -> None:
         decrypted = self._buffers.decrypted

@@ -2,12 +2,14 @@
 
 import asyncio
 import itertools
+import time
 from collections import Counter
 from collections.abc import Iterable
 
 from redis.exceptions import RedisError
 
 from chatproxy.config import RateLimit, Settings
+from chatproxy.config.timing import Timing
 from chatproxy.errors import StoreUnavailable
 from chatproxy.services.budgets import Balance, MemoryLedger, balance, require
 from chatproxy.services.redis.commands import Commands
@@ -28,8 +30,9 @@ class RedisLedger:
     booking whose reply was lost is sent again with its number, and counts once.
     """
 
-    def __init__(self, settings: Settings, commands: Commands, keys: Keys, fallback: Fallback) -> None:
+    def __init__(self, settings: Settings, timing: Timing, commands: Commands, keys: Keys, fallback: Fallback) -> None:
         self._common, self._own = settings.token_budget, settings.token_budget_per_client
+        self._lease = timing.lease
         self._commands = commands
         self._keys = keys
         self._fallback = fallback
@@ -40,7 +43,9 @@ class RedisLedger:
         self._telling: dict[str, tuple[int, int]] = {}  # by caller: the number of the booking, and tokens
         self._numbers = itertools.count(1)
         self._total = 0, 0
+        self._total_until = 0.0  # when that window ends; on the monotonic clock
         self._wake = asyncio.Event()
+        self._flushing = asyncio.Lock()
         commands.on_connect.append(self._connected)
 
     async def reserve(self, caller: str, tokens: int) -> Balance | None:
@@ -64,23 +69,29 @@ class RedisLedger:
         return found
 
     async def _reserve(self, budgets: list[tuple[str, RateLimit]], tokens: int) -> Balance | None:
+        # Of a server that was just started, or reached, replicas may not have renewed their leases yet.
+        settled = asyncio.get_running_loop().time() - self._commands.connected_at > self._lease
         arguments: list[object] = []
         for name, budget in budgets:
             arguments += [budget.count, budget.seconds * 1000, self._reserved[name]]
         reply = await self._commands.demand(
             *RESERVE_TOKENS(
                 [key for name, _ in budgets for key in self._keys_of(name)],
-                *(self._keys.prefix, self._keys.owner, tokens, RESERVED_TTL, *arguments),
+                *(self._keys.prefix, self._keys.owner, tokens, RESERVED_TTL),
+                *(int(self._lease * 1000), int(settled), *arguments),
             )
         )
-        own: Balance | None = None
         for (name, budget), (used, reserved, milliseconds) in zip(budgets, reply, strict=True):
             if name == ALL:
-                self._total = used, reserved
+                self._note_total(used, reserved, milliseconds)
             require(budget, used, reserved, milliseconds / 1000, tokens, name != ALL)
-            if name != ALL:
-                own = balance(budget, used + reserved + tokens, milliseconds / 1000)
-        return own
+        if self._common is not None:
+            used, reserved, milliseconds = reply[0]
+            self._note_total(used, reserved + tokens, milliseconds)
+        if self._own is None:
+            return None
+        used, reserved, milliseconds = reply[-1]
+        return balance(self._own, used + reserved + tokens, milliseconds / 1000)
 
     def change(self, caller: str, *, reserved: int, used: int) -> None:
         """Settle, or reserve more: told to Redis in the background."""
@@ -96,7 +107,11 @@ class RedisLedger:
 
     def total(self) -> tuple[int, int]:
         """As last heard from Redis."""
-        return self._total
+        used, reserved = self._total
+        return used if time.monotonic() < self._total_until else 0, reserved
+
+    def _note_total(self, used: int, reserved: int, milliseconds: int) -> None:
+        self._total, self._total_until = (used, reserved), time.monotonic() + milliseconds / 1000
 
     def _budgets(self, caller: str) -> list[tuple[str, RateLimit]]:
         return [(name, budget) for name, budget in ((ALL, self._common), (caller, self._own)) if budget is not None]
@@ -122,23 +137,31 @@ class RedisLedger:
 
     async def flush(self) -> None:
         """Tell all there is now. What could not be told is kept for later."""
+        async with self._flushing:
+            await self._flush()
+
+    async def _flush(self) -> None:
         while self._commands.available and (self._telling or self._changed):
-            if not self._telling:
-                self._telling = {name: (next(self._numbers), self._used.pop(name, 0)) for name in self._changed}
-                self._changed.clear()
-            names = list(self._telling)
+            for name in self._changed - self._telling.keys():
+                self._changed.discard(name)
+                self._telling[name] = next(self._numbers), self._used.pop(name, 0)
+            told = list(self._telling)
             try:
-                replies = await self._commands.execute(*map(self._booking, names))
+                replies = await self._commands.execute(*map(self._booking, told))
             except StoreUnavailable:
                 return
-            for name, reply in zip(names, replies, strict=True):
-                if isinstance(reply, RedisError):  # its memory is full
-                    return
+            refused = False
+            for name, reply in zip(told, replies, strict=True):
+                if isinstance(reply, RedisError):  # its memory is full, or the key is not ours
+                    refused = True
+                    continue
+                del self._telling[name]
                 if name == ALL:
-                    self._total = reply[0], reply[1]
+                    self._note_total(*reply)
                 if not self._reserved[name]:
                     del self._reserved[name]
-            self._telling = {}
+            if refused:
+                return
 
     def _booking(self, name: str) -> tuple[object, ...]:
         number, tokens = self._telling[name]

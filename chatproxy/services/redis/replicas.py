@@ -54,7 +54,7 @@ class Replicas:
         self.directory = RedisDirectory(self.commands, self.store, self._keys, settings, remotes, timing.store_outage)
         fallback = Fallback(settings, self.commands)
         self.rate_limiter = RedisRateLimiter(settings, self.commands, self._keys, fallback)
-        self.ledger = RedisLedger(settings, self.commands, self._keys, fallback)
+        self.ledger = RedisLedger(settings, timing, self.commands, self._keys, fallback)
         self.concurrency = RedisConcurrency(settings, self.commands, self._keys, fallback)
 
     @asynccontextmanager

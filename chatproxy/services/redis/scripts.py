@@ -184,22 +184,25 @@ return 1
 """)
 
 # KEYS: of each budget, what is used, and what is reserved by replica (and the number of each replica's last booking).
-# ARGV: prefix, own replica, tokens, milliseconds to live of what is reserved; then of each budget its limit, the
-# milliseconds of its window, and what this replica has reserved with the new tokens. Gives of each what is used, what
-# was reserved before, and the milliseconds that are left. Reserves where each budget has enough left, or has nothing
-# reserved. What dead replicas have reserved counts as used.
+# ARGV: prefix, own replica, tokens, milliseconds to live of what is reserved, milliseconds of a lease, and 1 if a
+# replica without a lease is dead; then of each budget its limit, the milliseconds of its window, and what this replica
+# has reserved with the new tokens. Gives of each what is used, what was reserved before, and the milliseconds that are
+# left. Reserves where each budget has enough left, or has nothing reserved. What dead replicas have reserved counts as
+# used. This replica is alive: where its lease has run out, it gets one, or another replica would book what it reserves.
 RESERVE_TOKENS = Script("""
 local prefix, owner, tokens, ttl = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
+redis.call('SET', prefix .. 'replica:' .. owner, '1', 'PX', ARGV[5], 'NX')
 local found, allowed = {}, true
 for i = 1, #KEYS / 2 do
   local used_key, reserved_key = KEYS[2 * i - 1], KEYS[2 * i]
-  local limit, window, own = tonumber(ARGV[3 * i + 2]), ARGV[3 * i + 3], tonumber(ARGV[3 * i + 4])
+  local limit, window, own = tonumber(ARGV[3 * i + 4]), ARGV[3 * i + 5], tonumber(ARGV[3 * i + 6])
   redis.call('SET', used_key, '0', 'PX', window, 'NX')
   local reserved, replicas = own - tokens, redis.call('HGETALL', reserved_key)
   for j = 1, #replicas, 2 do
     local replica = replicas[j]
     if replica ~= owner and string.sub(replica, 1, 1) ~= '#' then
-      if redis.call('EXISTS', prefix .. 'replica:' .. replica) == 1 then reserved = reserved + tonumber(replicas[j + 1])
+      if ARGV[6] ~= '1' or redis.call('EXISTS', prefix .. 'replica:' .. replica) == 1 then
+        reserved = reserved + tonumber(replicas[j + 1])
       else
         redis.call('INCRBY', used_key, replicas[j + 1])
         redis.call('HDEL', reserved_key, replica, '#' .. replica)
@@ -212,7 +215,7 @@ for i = 1, #KEYS / 2 do
 end
 if allowed then
   for i = 1, #KEYS / 2 do
-    redis.call('HSET', KEYS[2 * i], owner, ARGV[3 * i + 4])
+    redis.call('HSET', KEYS[2 * i], owner, ARGV[3 * i + 6])
     redis.call('PEXPIRE', KEYS[2 * i], ttl)
   end
 end
@@ -220,7 +223,8 @@ return found
 """)
 
 # KEYS: what is used, what is reserved. ARGV: own replica, the number of this booking, tokens, what this replica has
-# reserved, the milliseconds of the window, milliseconds to live of what is reserved. Gives what is used and reserved.
+# reserved, the milliseconds of the window, milliseconds to live of what is reserved. Gives what is used, what is
+# reserved, and the milliseconds that are left.
 BOOK = Script("""
 local owner, number = ARGV[1], tonumber(ARGV[2])
 redis.call('SET', KEYS[1], '0', 'PX', ARGV[5], 'NX')
@@ -234,7 +238,7 @@ local reserved, replicas = 0, redis.call('HGETALL', KEYS[2])
 for j = 1, #replicas, 2 do
   if string.sub(replicas[j], 1, 1) ~= '#' then reserved = reserved + tonumber(replicas[j + 1]) end
 end
-return {tonumber(redis.call('GET', KEYS[1])), reserved}
+return {tonumber(redis.call('GET', KEYS[1])), reserved, redis.call('PTTL', KEYS[1])}
 """)
 
 # KEYS: the remembered Retry-After. ARGV: milliseconds. The longest wins.
