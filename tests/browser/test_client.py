@@ -253,14 +253,16 @@ async def test_under_a_prefix(page: Page, site: Site) -> None:
 async def test_readme(page: Page, site: Site) -> None:
     """The lines of the README work as they are printed."""
     [lines] = re.findall(r"```js\n(import .+?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert lines.count("http://localhost:8000/") == 1
     async with loaded(page, site, stream("Hel", "lo"), stream("half", CLOSE), stream("half", HANG)) as (grok, _, relay):
+        script = lines.replace("http://localhost:8000", relay.url)
         await page.evaluate("document.body.innerHTML = '<p id=output></p><button id=button>Stop</button>'")
         for said in ("Hello", "half" + "Grok stopped in the middle of the answer. What arrived is incomplete."):
             await page.evaluate("output.textContent = ''")
-            await page.add_script_tag(type="module", content=lines.replace("https://chat.example.com", relay.url))
+            await page.add_script_tag(type="module", content=script)
             await page.wait_for_function("(text) => output.textContent === text", arg=said)
         await page.evaluate("output.textContent = ''")
-        await page.add_script_tag(type="module", content=lines.replace("https://chat.example.com", relay.url))
+        await page.add_script_tag(type="module", content=script)
         await page.wait_for_function("output.textContent === 'half'")
         await page.get_by_role("button").click()
         await page.wait_for_function("output.textContent === 'halfStopped.'")

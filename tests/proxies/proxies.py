@@ -20,7 +20,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.conftest import ROOT, TIMEOUT, Service, free_port
+from tests.conftest import TIMEOUT, Service, free_port
 
 SBIN = f"{os.defpath}:/usr/local/sbin:/usr/sbin:/sbin"
 NOBODY = 65534
@@ -100,7 +100,7 @@ CADDY = Proxy(
     impatient="http://@listen@ {\n reverse_proxy @service@ {\n transport http {\n read_timeout 1s\n }\n }\n}",
     prefixed="http://@listen@ {\n handle_path /grok/* {\n reverse_proxy @service@\n }\n}",
     # It takes its addresses from the environment, in compose.yaml as here.
-    snippet=(ROOT / "Caddyfile").read_text(),
+    snippet=(Path(__file__).parent / "Caddyfile").read_text(),
 )
 
 HAPROXY_SITE = """

@@ -50,6 +50,15 @@ def test_settings(told: Callable[[], dict[str, str]]) -> None:
         assert bool(settings[name]) == (default not in (None, "", ()))
 
 
+def test_six_settings_that_matter() -> None:
+    """What a newcomer has to know comes first, in the README's table as in `.env.example`."""
+    [sentence] = re.findall(r"Six\smatter first: (.*?)\.", (ROOT / "README.md").read_text(), re.DOTALL)
+    six = re.findall("`([A-Z_]+)`", sentence)
+    assert len(six) == 6
+    assert [cell.split("`")[1] for cell in rows("variable")][:6] == six
+    assert list(example())[:6] == six
+
+
 def test_errors() -> None:
     """The README lists every code, beside its status or as one of the stream."""
 
@@ -83,3 +92,20 @@ def test_length_of_the_readme() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 300
     assert [line for line in lines if len(line) > 120] == []
+
+
+def test_first_lines_of_the_readme() -> None:
+    """Who reads it for the first time sees the page, and finds the command and the code, within forty lines."""
+    first = "\n".join((ROOT / "README.md").read_text().splitlines()[:40])
+    for shown in ("](.github/page.png)", "```sh\nmake run\n```", "curl -N ", 'import { ask } from "'):
+        assert shown in first
+    assert (ROOT / ".github" / "page.png").stat().st_size < 100_000
+
+
+def test_contents_of_the_readme() -> None:
+    """Each link to a section leads to one."""
+    text = (ROOT / "README.md").read_text()
+    headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    linked = set(re.findall(r"\]\(#(.+?)\)", text))
+    assert linked == anchors

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from chatproxy.config import load
+from chatproxy.config import load, variables
 from chatproxy.formats.plain import decode_request
 from tests.conftest import ROOT, InProcessService, serving
 from tests.readers import standard
@@ -28,6 +28,10 @@ STARTS = {
     "client = OpenAI": "tests/wire/test_readme.py",
     "sequenceDiagram": "tests/wire/test_readme.py",
 }
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text()
 
 
 def of(language: str) -> list[str]:
@@ -53,6 +57,7 @@ def test_settings_of_the_readme(text: str) -> None:
 @pytest.mark.parametrize("text", of("json"))
 async def test_body_of_the_readme(text: str) -> None:
     """It is a whole request, and nothing in it is ignored."""
+    assert json.loads(text).keys() == {"messages", "sessionId", "include", "tools", "resumable"}
     asked = decode_request(text.encode(), "id")
     assert (asked.resumable, asked.chat.tools, asked.chat.session_id) == (True, ("web_search",), "a1")
 
@@ -62,9 +67,9 @@ def test_diagram() -> None:
     [text] = of("mermaid")
     first, *lines = text.splitlines()
     assert first == "sequenceDiagram"
-    who = "(Browser|chatproxy|Grok)"
+    who = "(Browser|Proxy|chatproxy|Replica|Grok)"
     for line in lines:
-        assert re.fullmatch(rf"    ({who}--?>>{who}|Note over {who},{who}): .+", line)
+        assert re.fullmatch(rf"    ({who}--?>>{who}|Note over {who},{who}): [^;#]+", line)  # these two mean more
 
 
 COMMANDS = [line for text in of("sh") for line in text.replace("\\\n", " ").splitlines()]
@@ -72,7 +77,7 @@ COMMANDS = [line for text in of("sh") for line in text.replace("\\\n", " ").spli
 
 @pytest.mark.parametrize("command", COMMANDS)
 async def test_commands_of_the_readme(command: str) -> None:
-    """make knows its targets, curl gets the answer, and what docker is told to use is there."""
+    """make knows its targets, curl gets the answer, and docker is told options and files that there are."""
     program, *arguments = shlex.split(command)
     if program == "make":
         process = await asyncio.create_subprocess_exec(
@@ -95,6 +100,12 @@ async def test_commands_of_the_readme(command: str) -> None:
         assert program == "docker"
         files = [value for option, value in itertools.pairwise(arguments) if option == "-f"]
         assert all((ROOT / file).exists() for file in files)
+        # Not every machine has docker, so the options are compared with those that the real one has taken.
+        told = {word for word in arguments if word.startswith("-") and word != "-m"}
+        assert told <= {"-t", "--rm", "-p", "-e", "--read-only", "-f", "--profile", "--build", "--wait"}
+        for option, value in itertools.pairwise(arguments):
+            assert option != "-e" or value in variables()
+            assert option != "--profile" or any(f"profiles: !override [proxy, {value}]" in read(file) for file in files)
         if "python" in arguments:
             module = arguments[arguments.index("python") + 1 :][:3]
             process = await asyncio.create_subprocess_exec(
