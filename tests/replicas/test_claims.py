@@ -164,3 +164,25 @@ async def test_retry_after_of_all(grok: Upstream, redis: RedisServer) -> None:
         assert (await second.ask()).status_code == 429
         assert len(grok.calls) == asked
         await becomes(second, "/readyz", "ok")
+
+
+async def test_memory_of_redis_is_lost(grok: Upstream) -> None:
+    """After a restart with an empty memory nobody is told that an answer is unknown, and none is started again."""
+    gate = Gate()
+    grok.set_scripts(stream("a", gate, "b"))
+    async with RedisServer() as redis, fleet(grok, redis) as (owner, other):
+        url = (await ask(owner, "lost")).json()["url"]
+        await redis.restart()
+        statuses: Counter[int] = Counter()
+        async with asyncio.timeout(15):
+            while True:
+                repeated, found = await ask(other, "lost"), await other.client.head(url)
+                statuses.update((repeated.status_code, found.status_code))
+                if (repeated.status_code, found.status_code) == (201, 200):
+                    break
+                await asyncio.sleep(0.01)  # nobody tells when Redis is there again
+        assert statuses.keys() == {200, 201, 503}
+        assert repeated.json()["url"] == url
+        gate.open()
+        assert joined(standard((await other.client.get(url)).content)) == "ab"
+        assert len(grok.calls) == 1

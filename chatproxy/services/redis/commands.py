@@ -6,6 +6,7 @@ Does not know what the commands are for.
 
 import asyncio
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -86,6 +87,7 @@ class Commands:
         self.server = b""  # the run id of the server; another one has another memory
         self.connected_at = 0.0  # on the loop's clock
         self.lost_at = 0.0
+        self.replaced_at = -math.inf  # when it was last found to have another memory than before
         self.on_connect: list[Callable[[bool], None]] = []  # told whether it is another server than before
         self._url = url
         self._tried = False
@@ -152,8 +154,11 @@ class Commands:
             raise ResponseError(f"REDIS_URL: the server is older than Redis {OLDEST[0]}.{OLDEST[1]}")
         server = facts.get("run_id", "").encode()
         other = server != self.server
+        replaced = other and self.seen
         self.server, self.seen, self._tried, self.available = server, True, True, True
         self.connected_at = asyncio.get_running_loop().time()
+        if replaced:
+            self.replaced_at = self.connected_at
         log.info("redis is there")
         if other and (policy := facts.get("maxmemory_policy", "noeviction")) != "noeviction":
             log.warning(
