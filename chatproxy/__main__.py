@@ -24,7 +24,7 @@ import uvicorn
 from uvicorn.supervisors import ChangeReload
 
 from chatproxy import logs
-from chatproxy.config import Invalid, Settings
+from chatproxy.config import Settings, SettingsError
 from chatproxy.config.environment import load_environment
 from chatproxy.server import listen, serve
 
@@ -59,13 +59,15 @@ def main() -> None:
         package = str(Path(__file__).parent)
         config = uvicorn.Config("chatproxy", reload=True, reload_dirs=[package], log_config=None)
         # By its importable name: the child process has a `__main__` of its own.
-        target = functools.partial(importlib.import_module("chatproxy.__main__").rerun, local=arguments.local)
+        target = functools.partial(
+            importlib.import_module("chatproxy.__main__").run_in_reload_child, local=arguments.local
+        )
         ChangeReload(config, target=target, sockets=[sock]).run()
     else:
         run(settings, sock)
 
 
-def rerun(sockets: list[socket.socket] | None, *, local: bool) -> None:
+def run_in_reload_child(sockets: list[socket.socket] | None, *, local: bool) -> None:
     """What the reloader runs in a child process: settings are read anew, the socket is the same."""
     assert sockets
     run(configure(local=local), sockets[0], reloading=True)
@@ -87,8 +89,8 @@ def configure(*, local: bool = False) -> Settings:
     """
     try:
         settings = load_environment(local=local)
-    except Invalid as invalid:
-        print(invalid, file=sys.stderr)  # noqa: T201 -- there is no log yet
+    except SettingsError as error:
+        print(error, file=sys.stderr)  # noqa: T201 -- there is no log yet
         sys.exit(2)
     logs.configure(settings.log_level, settings.log_format)
     return settings

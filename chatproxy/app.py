@@ -62,8 +62,8 @@ async def _shared(settings: Settings, metrics: Metrics, grok: Grok, timing: Timi
 def _authenticator(settings: Settings, timing: Timing, tasks: TaskGroup) -> Authenticator:
     if settings.auth_jwks_url is None and settings.auth_jwt_secret is None:
         return Authenticator(settings)
-    from chatproxy.services.identity.jwks import JWKS  # noqa: PLC0415 -- the same
-    from chatproxy.services.identity.tokens import JWTVerifier, SharedSecret  # noqa: PLC0415 -- slow, and of no use to others
+    from chatproxy.services.identity.jwks import JWKS  # noqa: PLC0415 -- slow, and of no use to others
+    from chatproxy.services.identity.tokens import JWTVerifier, SharedSecret  # noqa: PLC0415 -- the same
 
     if settings.auth_jwt_secret is not None:
         return Authenticator(settings, JWTVerifier(settings, SharedSecret(settings.auth_jwt_secret)))

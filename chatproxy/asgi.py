@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from chatproxy import logs
 from chatproxy.app import create_app
-from chatproxy.config import Invalid
+from chatproxy.config import SettingsError
 from chatproxy.config.environment import load_environment
 
 
@@ -42,8 +42,8 @@ class LazyApp:
         """Read the environment and make the application; gives what is wrong with the settings, a line for each."""
         try:
             settings = load_environment()
-        except Invalid as invalid:
-            return str(invalid)
+        except SettingsError as error:
+            return str(error)
         logs.configure(settings.log_level, settings.log_format)
         app = create_app(settings)
         for middleware, args, kwargs in self._middleware:

@@ -7,6 +7,7 @@ event stream and nobody's JSON.
 import re
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Annotated, Literal
 
 from msgspec import Meta, Raw, Struct
@@ -178,8 +179,9 @@ class StreamSummary:
         if self.end is None:
             self.end, self.code = end, code
             callbacks, self.on_end = self.on_end, []
-            for callback in callbacks:
-                callback(self)
+            with ExitStack() as stack:  # calls each, also if one of them raises: others give back what is counted
+                for callback in reversed(callbacks):
+                    stack.callback(callback, self)
 
     def fields(self) -> dict[str, object]:
         """The fields of the log line."""

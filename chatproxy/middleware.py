@@ -201,10 +201,9 @@ class OriginMiddleware:
 
 def _client_address(scope: Scope) -> str | None:
     """For the log: an address and nothing else, for a proxy may pass on whatever the client has sent for one."""
-    if not scope.get("client"):
-        return None
-    address: str = scope["client"][0]
-    return address if len(address) <= MAX_ADDRESS and _is_ip_literal(address) else "unknown"
+    address: str | None = scope["client"][0] if scope.get("client") else None
+    known = address is None or (len(address) <= MAX_ADDRESS and _is_ip_literal(address))
+    return address if known else "unknown"
 
 
 def _preflight_headers(headers: Headers) -> dict[str, str]:

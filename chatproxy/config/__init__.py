@@ -12,7 +12,7 @@ from msgspec import Meta, Struct
 from chatproxy.config import contradictions, misspelt, proxies, values
 
 
-class Invalid(ValueError):
+class SettingsError(ValueError):
     """The settings are wrong. Its text has one line for each problem and never a secret's value."""
 
 
@@ -27,12 +27,15 @@ class Secret(str):
 
 # A year bounds what timers take; nobody waits that long.
 Seconds = Annotated[float, Meta(gt=0, le=31_536_000)]
-SecondsOrNone = Annotated[float, Meta(ge=0, le=31_536_000)]
+SecondsOrZero = Annotated[float, Meta(ge=0, le=31_536_000)]
 Count = Annotated[int, Meta(ge=1)]
 
 
 class Settings(Struct, frozen=True, kw_only=True):
-    """One attribute for each variable, in lower case; what the variables mean is in the README."""
+    """One attribute for each variable, in lower case; what the variables mean is in the README.
+
+    Times are in seconds, and sizes in bytes.
+    """
 
     grok_api_key: Secret | None = None
     grok_model: str = "grok-4.3"
@@ -82,7 +85,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     write_timeout: Seconds = 60
     status_hold: Seconds = 10
     keep_alive: Seconds = 15
-    drain_timeout: SecondsOrNone = 8
+    drain_timeout: SecondsOrZero = 8
 
     resume_window: Seconds = 15
     replay_ttl: Seconds = 60
@@ -112,7 +115,7 @@ class RateLimit(Struct, frozen=True):
 DERIVED = ("proxy", "auth_proxy", "warnings")
 
 # Their values are never shown. (People write passwords into addresses.)
-UNSHOWN = {
+SECRET_VARIABLES = {
     "GROK_API_KEY",
     "XAI_API_KEY",
     "GROK_BASE_URL",
@@ -131,7 +134,7 @@ FILES = {"REDIS_URL_FILE": values.redis_url, "AUTH_JWT_SECRET_FILE": values.jwt_
 FOR_OTHER_MACHINES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 
 
-def variables() -> list[str]:
+def variable_names() -> list[str]:
     """The names of all variables that are read, without those of proxies."""
     return [field.upper() for field in Settings.__struct_fields__ if field not in DERIVED] + [*ALIASES, *FILES]
 
@@ -139,9 +142,9 @@ def variables() -> list[str]:
 def load(environ: Mapping[str, str], problems: Iterable[str] = ()) -> Settings:
     """Settings from variables; an empty one counts as unset.
 
-    Raises Invalid with every problem found, after those that reading the variables has had.
+    Raises SettingsError with every problem found, after those that reading the variables has had.
     """
-    given = {name: environ[name].strip() for name in variables() if environ.get(name, "").strip()}
+    given = {name: environ[name].strip() for name in variable_names() if environ.get(name, "").strip()}
     keys, found = _keys(given)
     found = [*problems, *found]
     read: dict[str, Any] = {"grok_api_key": Secret(keys.pop())} if keys else {}
@@ -154,8 +157,8 @@ def load(environ: Mapping[str, str], problems: Iterable[str] = ()) -> Settings:
         try:
             read[field.name] = _value(field, given[variable])
         except ValueError as error:
-            shown = "" if variable in UNSHOWN else f", not {given[variable][:80]!r}"
-            found.append(f"{variable}: {_rule(field.type, error)}{shown}")
+            shown = "" if variable in SECRET_VARIABLES else f", not {given[variable][:80]!r}"
+            found.append(f"{variable}: {_expectation(field.type, error)}{shown}")
     for name, parse in FILES.items():
         found += _from_file(name, parse, read, given)
     found += contradictions.find(read, given)
@@ -164,8 +167,8 @@ def load(environ: Mapping[str, str], problems: Iterable[str] = ()) -> Settings:
     if "auth_jwks_url" in read:
         found += [each for each in _way_out(read, "auth_proxy", read["auth_jwks_url"], environ) if each not in found]
     if found:
-        raise Invalid("\n".join(found))
-    return Settings(**read, warnings=(*_warnings(Settings(**read)), *misspelt.warnings(environ, variables())))
+        raise SettingsError("\n".join(found))
+    return Settings(**read, warnings=(*_warnings(Settings(**read)), *misspelt.warnings(environ, variable_names())))
 
 
 def _keys(given: Mapping[str, str]) -> tuple[set[str], list[str]]:
@@ -201,7 +204,7 @@ def _value(field: msgspec.structs.FieldInfo, text: str) -> Any:
     text.encode()  # what is no UTF-8 can't be sent either
     if text[0] in values.QUOTES and field.name != "system_prompt":
         raise ValueError("is in quotes; leave them out")
-    parse = _PARSERS.get(field.name, values.number if field.type in (Seconds, SecondsOrNone) else str)
+    parse = _PARSERS.get(field.name, values.number if field.type in (Seconds, SecondsOrZero) else str)
     return msgspec.convert(parse(text), field.type, strict=False, dec_hook=_secret)
 
 
@@ -209,7 +212,7 @@ def _secret(_: type, value: str) -> Secret:
     return Secret(value)  # the one type of ours that msgspec asks about
 
 
-def _rule(type_: Any, error: ValueError) -> str:
+def _expectation(type_: Any, error: ValueError) -> str:
     if isinstance(error, UnicodeEncodeError):
         return "expected text in UTF-8"
     choices = [choice for choice in get_args(type_) if isinstance(choice, str)]

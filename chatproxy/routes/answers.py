@@ -57,12 +57,12 @@ async def answer(
     """
     state = request.state
     caller = await authenticate(request)
-    if state["lifecycle"].draining:
-        raise Draining
     require_json(request)
     key = idempotency_key(request, caller) if resumable else None
-    if key is None:
-        await state["rate_limiter"].check(caller)  # before the body is read; with a key it may be a repetition
+    if key is None:  # with one it may be a repetition; else what is refused is so before its body is read
+        if state["lifecycle"].draining:
+            raise Draining
+        await state["rate_limiter"].check(caller)
     prepared = await _prepare(request, caller, decode)
     as_address = as_address and not prepared.only_as_stream
     if as_address or prepared.resumable or key:
@@ -125,6 +125,8 @@ async def _admit(state: AppState, caller: Caller, prepared: Prepared) -> dict[st
 
     Tokens come first because they can be given back.
     """
+    if state["lifecycle"].draining:
+        raise Draining
     reservation = await state["budgets"].reserve(caller, prepared.completion.request_size, prepared.summary)
     try:
         chats = await state["rate_limiter"].acquire(caller)

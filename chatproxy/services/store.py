@@ -100,7 +100,7 @@ class MemoryStore:
         self.begin(stream)
 
     def begin(self, stream: str, dropped: int = 0) -> None:
-        """The same, of which so many frames from the beginning are not kept. Raises Busy."""
+        """`create` without waiting; so many frames from the beginning are not kept. Raises Busy."""
         if self.size >= self._total_bytes:
             self._make_room(self._total_bytes - self._total_bytes // 20, unread=False)
             if self.size >= self._total_bytes:
@@ -113,7 +113,7 @@ class MemoryStore:
         self.add(stream, frames)
 
     def add(self, stream: str, frames: Sequence[bytes]) -> None:
-        """The same."""
+        """`append` without waiting."""
         log = self._logs[stream]
         log.frames.extend(frames)
         size = sum(map(_size, frames))
@@ -134,7 +134,7 @@ class MemoryStore:
         asyncio.get_running_loop().call_later(keep, self._expire, stream)  # by its name: eviction may come first
 
     def finish(self, stream: str) -> None:
-        """The same, for one that is kept until `forget` or eviction."""
+        """`close` without waiting, for a stream that is kept until `forget` or eviction."""
         log = self._closed[stream] = self._logs[stream]
         log.closed = True
         self._wake(log)

@@ -11,7 +11,7 @@ import pytest
 import yaml  # type: ignore[import-untyped] # it has no types
 from prometheus_client.parser import text_string_to_metric_families
 
-from chatproxy.config import Settings, load, variables
+from chatproxy.config import Settings, load, variable_names
 from chatproxy.metrics import Metrics
 from chatproxy.routes import routes
 from tests.conftest import ROOT, serving
@@ -198,7 +198,7 @@ def test_drain_in_the_files() -> None:
     pod = kubernetes()[0]["spec"]["template"]["spec"]
     [container] = pod["containers"]
     given = {each["name"]: each["value"] for each in container["env"]}
-    assert set(given) <= set(variables())
+    assert set(given) <= set(variable_names())
     settings = load({name: value for name, value in given.items() if name != "GROK_API_KEY_FILE"})
     [_, pause] = container["lifecycle"]["preStop"]["exec"]["command"]
     assert float(pause) + settings.drain_timeout < pod["terminationGracePeriodSeconds"]

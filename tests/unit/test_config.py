@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import trustme
 
-from chatproxy.config import Invalid, RateLimit, Settings, load
+from chatproxy.config import RateLimit, Settings, SettingsError, load
 from chatproxy.server import Server, listen
 from tests.conftest import KEY, MEASURED, ROOT, TIMEOUT, environment, spawned
 from tests.upstream import Upstream, refusing
@@ -196,7 +196,7 @@ def test_tools(api: str, text: str, tools: tuple[str, ...] | None) -> None:
     if tools and api == "RESPONSES":
         assert load(variables).grok_tools == tools
         return
-    with pytest.raises(Invalid) as caught:
+    with pytest.raises(SettingsError) as caught:
         load(variables)
     if tools:
         assert str(caught.value) == "GROK_TOOLS: expected only with GROK_API=responses, for the other API has no tools"
@@ -331,7 +331,7 @@ TOKENS = "expected tokens of 16 or more letters, digits and ._~+/- separated by 
 )
 def test_wrong_values(variable: str, text: str, rule: str) -> None:
     """A wrong value is told with its variable and the rule, and where it may be secret without itself."""
-    with pytest.raises(Invalid) as problems:
+    with pytest.raises(SettingsError) as problems:
         load({variable: text})
     assert str(problems.value) == f"{variable}: {rule}"
     assert "canary" not in rule
@@ -339,14 +339,14 @@ def test_wrong_values(variable: str, text: str, rule: str) -> None:
 
 def test_long_values_are_cut() -> None:
     """A wrong value is quoted up to a length."""
-    with pytest.raises(Invalid) as problems:
+    with pytest.raises(SettingsError) as problems:
         load({"PORT": "9" * 5000})
     assert len(str(problems.value)) < 200
 
 
 def test_all_at_once() -> None:
     """All that is wrong is told together, one line each."""
-    with pytest.raises(Invalid) as problems:
+    with pytest.raises(SettingsError) as problems:
         load({"PORT": "x", "KEEP_ALIVE": "0", "GROK_API_KEY": "a b", "TRY_PAGE": "?", "HOST": "fine"})
     assert [line.split(":")[0] for line in str(problems.value).splitlines()] == [
         *("GROK_API_KEY", "PORT", "KEEP_ALIVE", "TRY_PAGE"),
@@ -363,7 +363,7 @@ def test_names_of_the_key(tmp_path: Path) -> None:
     assert load(named).grok_api_key == KEY
     assert load({**named, "GROK_API_KEY": ""}).grok_api_key == KEY
     for name in ("XAI_API_KEY", "GROK_API_KEY_FILE"):
-        with pytest.raises(Invalid) as problems:
+        with pytest.raises(SettingsError) as problems:
             load({name: named[name], "GROK_API_KEY": "other"})
         assert str(problems.value) == f"GROK_API_KEY and {name}: expected one key, but they differ"
 
@@ -376,7 +376,7 @@ def test_file_of_the_redis_url(tmp_path: Path) -> None:
     assert settings.redis_url == "redis://:secret@redis.example"
     assert ":secret" not in repr(settings)
     assert load({"REDIS_URL_FILE": str(file), "REDIS_URL": "redis://:secret@redis.example"}) == settings
-    with pytest.raises(Invalid) as problems:
+    with pytest.raises(SettingsError) as problems:
         load({"REDIS_URL_FILE": str(file), "REDIS_URL": "redis://:other@redis.example"})
     assert str(problems.value) == "REDIS_URL and REDIS_URL_FILE: expected one value, but they differ"
 
@@ -405,7 +405,7 @@ NO_JWKS = "AUTH_JWKS_URL: expected an address such as https://auth.example.com/.
 )
 def test_identity_settings(variables: dict[str, str], problem: str) -> None:
     """What would let the wrong people in, or nobody, ends the start."""
-    with pytest.raises(Invalid) as problems:
+    with pytest.raises(SettingsError) as problems:
         load(variables)
     assert str(problems.value).startswith(problem)
     assert "\n" not in str(problems.value)
@@ -442,7 +442,7 @@ def test_files_of_the_key(tmp_path: Path) -> None:
         tmp_path / "\0": "cannot be read (ValueError)",
     }.items():
         for others in ({}, {"GROK_API_KEY": KEY}):
-            with pytest.raises(Invalid) as problems:
+            with pytest.raises(SettingsError) as problems:
                 load({"GROK_API_KEY_FILE": str(path), **others})
             assert str(problems.value) == f"GROK_API_KEY_FILE: {problem}"
     assert load({"GROK_API_KEY_FILE": str(tmp_path / "notepad")}).grok_api_key == KEY
@@ -479,11 +479,11 @@ def test_certificates_that_cannot_be_used(tmp_path: Path) -> None:
         *((directory, path) for path in (tmp_path, tmp_path / "missing", tmp_path / "empty", "a\0")),
     ]:
         variables = {problem.partition(":")[0]: str(path)}
-        with pytest.raises(Invalid) as problems:
+        with pytest.raises(SettingsError) as problems:
             load({**variables, "GROK_API_KEY": KEY})
         assert str(problems.value) == f"{problem}, not {str(path)!r}"
         assert load(variables) == Settings()
-        with pytest.raises(Invalid) as problems:  # what an identity provider's certificate is checked against
+        with pytest.raises(SettingsError) as problems:  # what an identity provider's certificate is checked against
             load({**variables, "AUTH_JWKS_URL": JWKS, "AUTH_ISSUER": "a"})
         assert str(problems.value) == f"{problem}, not {str(path)!r}"
 
@@ -491,7 +491,7 @@ def test_certificates_that_cannot_be_used(tmp_path: Path) -> None:
 def test_key_log(tmp_path: Path) -> None:
     """SSLKEYLOGFILE, which Python itself opens for each SSL context, must not fail later."""
     assert load({"GROK_API_KEY": KEY, "SSLKEYLOGFILE": str(tmp_path / "log")}).grok_api_key == KEY
-    with pytest.raises(Invalid) as problems:
+    with pytest.raises(SettingsError) as problems:
         load({"GROK_API_KEY": KEY, "SSLKEYLOGFILE": str(tmp_path)})
     assert str(problems.value) == "SSLKEYLOGFILE: cannot be written (IsADirectoryError)"
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from chatproxy import errors
-from chatproxy.config import ALIASES, FILES, Settings, load, variables
+from chatproxy.config import ALIASES, FILES, Settings, load, variable_names
 from tests.conftest import ROOT
 
 
@@ -43,7 +43,7 @@ def readme() -> dict[str, str]:
 def test_settings(told: Callable[[], dict[str, str]]) -> None:
     """Both list every variable, none besides, and each with the default that it has."""
     settings = told()
-    assert sorted(settings) == sorted(variables())
+    assert sorted(settings) == sorted(variable_names())
     assert load(settings) == Settings()
     for name in set(settings) - {*ALIASES, *FILES}:
         default = getattr(Settings(), name.lower())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from chatproxy.config import Invalid, load, proxies
+from chatproxy.config import SettingsError, load, proxies
 
 EXPECTED = "expected a proxy such as http://proxy.example:3128, by http, https, socks5 or socks5h"
 
@@ -49,7 +49,7 @@ def test_proxy(value: str, url: str) -> None:
 @pytest.mark.parametrize("variable", ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"])
 def test_wrong_proxy(variable: str, value: str) -> None:
     """What cannot be used is a wrong value, told with the variable and without the value; the demo does not look."""
-    with pytest.raises(Invalid) as problems:
+    with pytest.raises(SettingsError) as problems:
         load({"GROK_API_KEY": "k", variable: value, "PORT": "x"})
     assert str(problems.value) == f"PORT: expected int, not 'x'\n{variable}: {EXPECTED}"
     assert load({variable: value}).proxy is None
@@ -134,7 +134,7 @@ def test_no_proxy(no_proxy: str, url: str, direct: bool) -> None:
 def test_no_proxy_in_quotes(variable: str) -> None:
     """NO_PROXY in quotes would match other hosts than are meant, so where there is a proxy it is a wrong value."""
     quoted = {"GROK_API_KEY": "k", variable: '"canary,api.x.ai"'}
-    with pytest.raises(Invalid) as problems:
+    with pytest.raises(SettingsError) as problems:
         load({**quoted, "HTTPS_PROXY": "proxy"})
     assert str(problems.value) == f"{variable}: is in quotes; leave them out"
     assert load(quoted).proxy is None

@@ -235,6 +235,22 @@ async def test_summary() -> None:
     assert "canary" not in repr([getattr(summary, name) for name in StreamSummary.__slots__])
 
 
+def test_every_one_is_told_of_the_end() -> None:
+    """Who waits for the end of an answer is told in order, also after somebody who fails at it; and only once."""
+    told: list[str | None] = []
+
+    def fail(_: StreamSummary) -> None:
+        told.append("failing")
+        raise ZeroDivisionError
+
+    summary = StreamSummary("id")
+    summary.on_end += [lambda _: told.append("first"), fail, lambda ended: told.append(ended.end)]
+    with pytest.raises(ZeroDivisionError):
+        summary.close("done")
+    summary.close("left")
+    assert told == ["first", "failing", "done"]
+
+
 @pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": None}, {"prompt_tokens": "many"}, [], "x", 5])
 async def test_odd_usage(usage: object) -> None:
     """Usage of another shape is passed on as it came, and not counted."""

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from chatproxy.config import load, variables
+from chatproxy.config import load, variable_names
 from chatproxy.formats.plain import decode_request
 from tests.conftest import ROOT, InProcessService, serving
 from tests.readers import standard
@@ -104,7 +104,7 @@ async def test_commands_of_the_readme(command: str) -> None:
         told = {word for word in arguments if word.startswith("-") and word != "-m"}
         assert told <= {"-t", "--rm", "-p", "-e", "--read-only", "-f", "--profile", "--build", "--wait"}
         for option, value in itertools.pairwise(arguments):
-            assert option != "-e" or value in variables()
+            assert option != "-e" or value in variable_names()
             assert option != "--profile" or any(f"profiles: !override [proxy, {value}]" in read(file) for file in files)
         if "python" in arguments:
             module = arguments[arguments.index("python") + 1 :][:3]

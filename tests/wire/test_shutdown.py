@@ -171,6 +171,26 @@ async def test_resumable_while_draining() -> None:
     only_log_lines(service.stderr)
 
 
+async def test_repeated_while_draining() -> None:
+    """A POST that only repeats one with the same key gets that one's answer; with another key it would be a new one."""
+    body = {"messages": HI}
+    async with Upstream(endless()) as grok, spawned(grok.url, drain_timeout=DRAIN_TIMEOUT) as service:
+        async with service.asking(headers={"Idempotency-Key": "a"}) as live:
+            assert (await live.event()).data == "a"
+            service.process.terminate()
+            await stopping(service)
+            for key in ({"Idempotency-Key": "b"}, {}):
+                response = await service.client.post("/api/chat", json=body, headers=key)
+                assert (response.status_code, refusal(response)["code"]) == (503, "draining")
+            async with service.asking(headers={"Idempotency-Key": "a"}) as again:
+                assert again.response.headers["Content-Location"] == live.response.headers["Content-Location"]
+                last = (await again.rest())[-1]
+            assert failure(last, live.response)["code"] == "draining"
+        assert len(grok.calls) == 1
+        assert await service.exit_code(within=REST) == 0
+    only_log_lines(service.stderr)
+
+
 async def test_unread_while_draining() -> None:
     """A resumable answer that nobody reads just then is waited for like any other, and can be read."""
     gate = Gate()

@@ -32,7 +32,7 @@ MAX_ENTRY = 32_768
 # Seconds. Without a status an answer is soon forgotten by whoever does not hear of it any more.
 ASKING_TTL = 30.0
 MARGIN = 60.0
-PATIENCE = 2 * PIPELINE_TIMEOUT + 1  # for a pipeline that waits for the one before it
+WRITE_TIMEOUT = 2 * PIPELINE_TIMEOUT + 1  # for a pipeline that waits for the one before it
 
 State = Literal["asking", "running", "ended"]
 
@@ -154,7 +154,7 @@ class RedisStore:
                     await self._find_positions()
                 ids, self._dirty = list(self._dirty), set()
                 writes = [(id, write) for id in ids if (write := self._next_write(id)) is not None]
-                replies = await self._commands.execute(*(write.command for _, write in writes), within=PATIENCE)
+                replies = await self._commands.execute(*(write.command for _, write in writes), within=WRITE_TIMEOUT)
             except StoreUnavailable:
                 self._in_doubt = True
                 return
@@ -230,7 +230,7 @@ class RedisStore:
         """Find out what has arrived of each answer."""
         ids = list(self._copies)
         commands = [("XREVRANGE", self._keys.events(id), "+", "-", "COUNT", 1) for id in ids]
-        replies = await self._commands.execute(*commands, within=PATIENCE)
+        replies = await self._commands.execute(*commands, within=WRITE_TIMEOUT)
         for id, reply in zip(ids, replies, strict=True):
             copy = self._copies.get(id)
             if copy is None or isinstance(reply, RedisError):
