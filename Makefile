@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 IMAGE ?= chatproxy
 BIN = $(VENV)/bin
-PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Without bytecode, which takes two seconds: Python makes that of what is imported.
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header pyproject.toml
 
 .DEFAULT_GOAL = help
