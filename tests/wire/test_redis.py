@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -12,7 +13,7 @@ import pytest
 import trustme
 
 from chatproxy.config.timing import Timing
-from tests.conftest import TIMEOUT, InProcessService, free_port, refusal, serving
+from tests.conftest import ROOT, TIMEOUT, InProcessService, free_port, refusal, serving
 from tests.readers import DONE, joined, standard
 from tests.redis_servers import RedisServer, engines, needs_redis
 from tests.replicas.fleets import BRISK, JSON, becomes, fleet, follow, number_of, start, until
@@ -104,7 +105,10 @@ async def test_away_later(grok: Upstream, redis: RedisServer, empty: bool) -> No
             assert [[event.data for event in await live.rest()] for live in (here, there)] == [["2", DONE], [DONE]]
             assert (await plain).content.endswith(b"data: [DONE]\n\n")
         await accepted(other)
-        repeated = await other.ask(headers={**JSON, "Idempotency-Key": "k"})
+        same_key = {**JSON, "Idempotency-Key": "k"}
+        async with asyncio.timeout(TIMEOUT):  # a memory that is lost is written again before a key counts as new
+            while (repeated := await other.ask(headers=same_key)).status_code == 503:  # noqa: ASYNC110 -- nobody tells
+                await asyncio.sleep(0.05)
         assert repeated.json()["url"] == url
         assert all(left > 0 for left in redis.everything().values())
 
@@ -369,3 +373,21 @@ def test_not_imported() -> None:
         "assert not {'redis', 'hiredis', 'chatproxy.services.redis'} & set(sys.modules), 'imported'\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=30, capture_output=True)  # noqa: S603
+
+
+async def test_rights_of_a_user(grok: Upstream) -> None:
+    """A user of Redis needs no more rights than the README says, and no keys but those under the prefix."""
+    [rights] = re.findall(r"`(~chatproxy:\S+ [^`]+)`", (ROOT / "README.md").read_text())
+    grok.set_scripts(stream("a"))
+    async with RedisServer() as redis:
+        redis.do("ACL", "SETUSER", "app", "on", ">secret", *rights.split())
+        url = redis.url.replace("redis://", "redis://app:secret@")
+        changes = {"redis_url": url, "redis_prefix": "chatproxy:", "rate_limit": "9/day", "max_streams_per_client": 4}
+        budget = {"token_budget_per_client": "90000/day"}
+        async with fleet(grok, redis, 2, BRISK, **changes, **budget) as (owner, other):
+            path = await start(owner, Idempotency_Key="k")
+            again = await other.ask(headers={**JSON, "Idempotency-Key": "k"})
+            assert again.json()["url"] == path
+            assert (await other.client.get(path)).content.count(b"data: [DONE]") == 1
+            assert (await other.ask(resumable=True)).status_code == 200
+            assert (await other.client.delete(path.removesuffix("/stream"))).status_code == 204

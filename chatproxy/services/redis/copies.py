@@ -86,8 +86,8 @@ class RedisStore:
     def add(self, stream: ResumableStream, fields: Sequence[Any]) -> None:
         """An answer whose key was claimed. `fields` and values describe it to the other replicas."""
         id, keys = stream.id, self._keys
-        key = keys.idempotency(*stream.key) if stream.key else ""
-        name = keys.name(stream.name) if stream.name else ""
+        key = keys.idempotency(*stream.key) if stream.key else keys.meta(id)
+        name = keys.name(stream.name) if stream.name else keys.meta(id)
         copy = Copy(stream, fields, [keys.meta(id), keys.events(id), keys.channel(id), key, name])
         copy.renew_at = self._loop.time() + ASKING_TTL / 3
         self._copies[id] = copy
@@ -259,7 +259,7 @@ class RedisStore:
                 self.drop(id)
             elif copy.state == "ended":
                 if id not in self._memory:  # dropped to make room for others: so it is in Redis
-                    self._commands.send(("UNLINK", *filter(None, (copy.keys[0], copy.keys[1], copy.keys[3]))))
+                    self._commands.send(("UNLINK", copy.keys[0], copy.keys[1], copy.keys[3]))
                     self.drop(id)
             elif now >= copy.renew_at:
                 self._mark(id)

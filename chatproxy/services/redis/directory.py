@@ -68,8 +68,8 @@ class RedisDirectory:
         fields = [part for pair in zip(_FIELDS, values, strict=True) for part in pair]
         names = [
             keys.meta(stream.id),
-            keys.idempotency(*stream.key) if stream.key else "",
-            keys.name(stream.name) if stream.name else "",
+            keys.idempotency(*stream.key) if stream.key else keys.meta(stream.id),
+            keys.name(stream.name) if stream.name else keys.meta(stream.id),
         ]
         if stream.key and self._settling():  # it may have started an answer that Redis does not know yet again
             raise StoreUnavailable
@@ -97,8 +97,8 @@ class RedisDirectory:
         command = RELEASE(
             [
                 keys.meta(stream.id),
-                keys.idempotency(*stream.key) if stream.key else "",
-                keys.name(stream.name) if stream.name else "",
+                keys.idempotency(*stream.key) if stream.key else keys.meta(stream.id),
+                keys.name(stream.name) if stream.name else keys.meta(stream.id),
                 keys.channel(stream.id),
             ],
             *(stream.id, keys.owner, encode_error(error)),

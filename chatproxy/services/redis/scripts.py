@@ -76,12 +76,15 @@ class Script:
         return ("EVALSHA", self.sha, len(keys), *keys, *arguments)
 
 
-# KEYS: meta, the idempotency key or "", the name or "". ARGV: prefix, id, owner, milliseconds to live, then fields and
+# Where an answer has no idempotency key or no name, its meta key stands in that place: a user may have no
+# right to any key that is not under the prefix.
+
+# KEYS: meta, the idempotency key, the name. ARGV: prefix, id, owner, milliseconds to live, then fields and
 # values of meta. Gives the id of the answer that has the key already, or nil: then all is written. The key is free
 # where its answer is gone or was refused, and where its replica died before it had a status.
 CLAIM = Script("""
 local prefix, id, owner, ttl = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-if KEYS[2] ~= '' then
+if KEYS[2] ~= KEYS[1] then
   local first = redis.pcall('GET', KEYS[2])
   if type(first) == 'string' and first ~= id then
     local known = redis.pcall('HMGET', prefix .. '{' .. first .. '}:meta', 'state', 'owner')
@@ -90,16 +93,16 @@ if KEYS[2] ~= '' then
   end
   redis.call('SET', KEYS[2], id, 'PX', ttl)
 end
-if KEYS[3] ~= '' then redis.call('SET', KEYS[3], id, 'PX', ttl) end
+if KEYS[3] ~= KEYS[1] then redis.call('SET', KEYS[3], id, 'PX', ttl) end
 redis.call('HSET', KEYS[1], unpack(ARGV, 5))
 redis.call('PEXPIRE', KEYS[1], ttl)
 return false
 """)
 
-# KEYS: meta, key or "", name or "", channel. ARGV: id, owner, what was refused. Nothing is left but why, for 5 s.
+# KEYS: meta, key, name, channel. ARGV: id, owner, what was refused. Nothing is left but why, for 5 s.
 RELEASE = Script("""
 for i = 2, 3 do
-  if KEYS[i] ~= '' and redis.call('GET', KEYS[i]) == ARGV[1] then redis.call('DEL', KEYS[i]) end
+  if KEYS[i] ~= KEYS[1] and redis.call('GET', KEYS[i]) == ARGV[1] then redis.call('DEL', KEYS[i]) end
 end
 if redis.call('HGET', KEYS[1], 'owner') == ARGV[2] then
   redis.call('HSET', KEYS[1], 'state', 'refused', 'error', ARGV[3])
@@ -108,7 +111,7 @@ if redis.call('HGET', KEYS[1], 'owner') == ARGV[2] then
 end
 """)
 
-# KEYS: meta, events, channel, key or "", name or "". ARGV: id, owner, state, the entry's id or "", its content, what is
+# KEYS: meta, events, channel, key, name. ARGV: id, owner, state, the entry's id or "", its content, what is
 # published of it, milliseconds to live or 0 (as it is), the id of the oldest entry to keep or "", then fields of meta
 # that are written where it is gone. Gives -1 where the answer is not this replica's any more: it expired, or another
 # one has told its end. Else how many replicas read along.
@@ -117,7 +120,7 @@ local id, owner, state, entry, ttl = ARGV[1], ARGV[2], ARGV[3], ARGV[4], tonumbe
 if ARGV[9] and redis.call('EXISTS', KEYS[1]) == 0 then
   redis.call('HSET', KEYS[1], unpack(ARGV, 9))
   for i = 4, 5 do
-    if KEYS[i] ~= '' then redis.call('SET', KEYS[i], id, 'PX', ttl, 'NX') end
+    if KEYS[i] ~= KEYS[1] then redis.call('SET', KEYS[i], id, 'PX', ttl, 'NX') end
   end
 end
 local known = redis.call('HMGET', KEYS[1], 'owner', 'state')
@@ -129,7 +132,7 @@ if ttl > 0 then
   redis.call('PEXPIRE', KEYS[1], ttl)
   redis.call('PEXPIRE', KEYS[2], ttl)
   for i = 4, 5 do
-    if KEYS[i] ~= '' and redis.call('GET', KEYS[i]) == id then redis.call('PEXPIRE', KEYS[i], ttl) end
+    if KEYS[i] ~= KEYS[1] and redis.call('GET', KEYS[i]) == id then redis.call('PEXPIRE', KEYS[i], ttl) end
   end
 elseif redis.call('PTTL', KEYS[2]) == -1 then
   redis.call('PEXPIRE', KEYS[2], redis.call('PTTL', KEYS[1]))
