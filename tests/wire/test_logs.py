@@ -166,6 +166,7 @@ async def test_lines_of_resumable_answers(log_format: str) -> None:
         assert 0 < line.pop("first_token_ms") < 60_000
         assert line == {"end": "done", "model": "grok-4.3", "deltas": 2, **USAGE}
 
+        await log.of("streamed", "stream ended")
         ended = len(log.lines("stream ended"))
         grok.set_scripts(error(400, {"error": "Model not found"}))
         await service.ask(resumable=True, headers={"X-Request-ID": "refused"})
