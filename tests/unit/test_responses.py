@@ -85,6 +85,15 @@ def test_text_that_comes_whole(number: int) -> None:
     assert said(decode(*opened(0), *whole, whole[number], ended(None, [message_item("Hello")]))[0]) == ["Hello"]
 
 
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_deltas_of_what_came_whole(number: int) -> None:
+    """A text that has come whole is not told again, should its deltas come late; another part of the message is."""
+    whole = closed(0, "Hello")[number]
+    events, decoder = decode(whole, delta(0, "Hel"), delta(0, "lo"), delta(0, "!", part=1), delta(0, "x"), ended())
+    assert said(events) == ["Hello", "!"]
+    assert decoder.failure is None
+
+
 def test_text_in_the_last_event() -> None:
     """Where nothing was sent at all, the last event has the text; else what it repeats is not told."""
     output = [reasoning_item("hm"), message_item("a", "b"), message_item("c")]
@@ -249,6 +258,19 @@ def test_searches_for_what_is_not_told(item: dict[str, Any]) -> None:
     assert [(status, query) for _, _, status, query in calls(done(0, item))] == [("started", None), ("completed", None)]
 
 
+def test_searches_of_an_answer_cut_short() -> None:
+    """Where no search is told to be done, the end of the answer tells that it was; one that it leaves out was not."""
+    pieces = [added(0, web_search(0)), added(1, x_search(1, "")), added(2, web_search(2)), added(7, web_search(7))]
+    output = [web_search(0, "cats"), x_search(1, "dogs"), message_item("a")]
+    for begun in ([delta(2, "a")], []):
+        events, decoder = decode(*pieces, *begun, ended("max_output_tokens", output))
+        done_ = [(e.id, e.query) for e in events if isinstance(e, ToolCall) and e.status == "completed"]
+        assert done_ == [("search-0", "cats"), ("search-1", "dogs")]
+        assert (said(events), decoder.finished.reason) == (["a"], "length")
+    events, decoder = decode(*pieces, delta(2, "a"), event("response.completed", response={"output": [5]}))
+    assert (len(events), decoder.failure) == (5, None)
+
+
 def test_other_items() -> None:
     """What else Grok may do is no search."""
     for kind in ("function_call", "code_interpreter_call", "mcp_call", "canary", None, 5, ["web_search_call"]):
@@ -285,6 +307,14 @@ def test_sources() -> None:
     assert citations(*opened(0), delta(0, "x"), *closed(0, "x", shapes)) == expected
     events, _ = decode(ended(None, [message_item("x", annotations=shapes)]))
     assert events == [TextDelta("x"), Citations(expected)]
+    # In the last event alone, though the text came in deltas: of an answer that is cut short.
+    cut = [
+        *searched(0, "q"),
+        delta(1, "x"),
+        ended("max_output_tokens", [web_search(0), message_item("x", annotations=shapes)]),
+    ]
+    events, _ = decode(*cut)
+    assert (said(events), events[-1]) == (["x"], Citations(expected))
     assert citations(delta(0, "x")) == []
     assert citations(told[0], cited(0, source(a, "another title"))) == [Source(a, "1")]
 
@@ -558,6 +588,9 @@ def test_many_items() -> None:
         b"data: {}\n\n",
         event("response.output_item.added", output_index=0, item=None),
         event("response.output_item.done", output_index=0, item=None),
+        event("response.canary", item="canary"),
+        event("response.canary", response=["canary"], output_index=0),
+        event("canary", output_index="0", content_index=0.5, summary_index={}),
         event("response.content_part.done", output_index=0, part={"type": "canary", "text": "canary"}),
     ],
 )

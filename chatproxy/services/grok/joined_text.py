@@ -17,7 +17,7 @@ class TooManyParts(ValueError):
 class JoinedText:
     """One text, made of the parts of several items. Each part comes in deltas, or whole, or both."""
 
-    __slots__ = ("_current", "_each_part", "_event", "_halves", "_items", "_parts", "_separator", "_streamed")
+    __slots__ = ("_current", "_each_part", "_event", "_halves", "_items", "_parts", "_separator", "_streamed", "_told")
 
     def __init__(self, event: type[TextDelta] | type[ReasoningDelta], separator: str, *, each_part: bool) -> None:
         self._event = event
@@ -28,6 +28,7 @@ class JoinedText:
         self._items: set[int] = set()
         self._parts: set[tuple[int, int]] = set()
         self._streamed: set[int] = set()  # items that came in deltas
+        self._told: set[tuple[int, int]] = set()  # parts that came whole
 
     @property
     def begun(self) -> bool:
@@ -39,6 +40,8 @@ class JoinedText:
         if not text:
             return
         if self._current != (item, part):
+            if (item, part) in self._told:
+                return
             self._enter(item, part, events)
             self._streamed.add(item)
         if whole := self._halves.feed(text):
@@ -49,6 +52,8 @@ class JoinedText:
         if text and item not in self._streamed and (item, part) not in self._parts:
             self._enter(item, part, events)
             events.append(self._event(self._halves.feed(text) + self._halves.flush()))
+            self._told.add((item, part))
+            self._current = None
 
     def flush(self, events: list[Event]) -> None:
         """What is left when a part has ended."""

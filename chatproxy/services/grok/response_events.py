@@ -51,17 +51,38 @@ class StreamEvent(Redacted, Struct, gc=False):
     error: Any = None
 
 
+class _Typed(Struct, gc=False):
+    type: str
+
+
+# How the types begin that something is read of. An event of any other type may hold what it likes where those hold
+# what is read.
+_READ = (
+    "error",
+    "response.completed",
+    "response.content_part.",
+    "response.failed",
+    "response.incomplete",
+    "response.output_item.",
+    "response.output_text.",
+    "response.reasoning_",
+    "response.refusal.",
+)
+
 _decode = msgspec.json.Decoder(StreamEvent | None).decode
+_decode_type = msgspec.json.Decoder(_Typed).decode
 decode_items = msgspec.json.Decoder(list[Item] | None).decode
 
 
 def decode(data: bytes) -> StreamEvent | None:
-    """The event in this JSON. Raises ValueError or RecursionError."""
+    """The event in this JSON, if it is one that may be read. Raises ValueError or RecursionError."""
     event: StreamEvent | None
     try:
         event = _decode(data)
     except msgspec.ValidationError:
-        raise
+        if _decode_type(data).type.startswith(_READ):
+            raise
+        return None
     except ValueError:
         if not has_half(data):
             raise

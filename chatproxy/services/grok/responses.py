@@ -5,6 +5,7 @@ from xAI's documentation and from recorded answers: an answer is made of output 
 apart by `output_index` (their ids repeat), and every text comes several times, first in deltas and then whole.
 """
 
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -205,7 +206,9 @@ class Decoder:
                 self._sources.add(annotation)
 
     def _finish(self, kind: str, response: Response, events: list[Event]) -> None:
-        if not self._text.begun and response.output:
+        if response.output and (self._searches.running or (self._searches and not self._sources)):
+            self._read_again(response.output, events)
+        if response.output and not self._text.begun:
             for index, item in enumerate(decode_items(response.output) or ()):
                 if item.type == "message":
                     self._content(index, item.content, events)
@@ -217,6 +220,16 @@ class Decoder:
             self._reason = _REASONS.get(reason, reason) if reason and isinstance(reason, str) else "length"
         self.progressed = self._begun = True
         self._complete(events)
+
+    def _read_again(self, output: Raw, events: list[Event]) -> None:
+        """What of a search only the end tells: in an answer that is cut short no item is told to be done."""
+        with suppress(ValueError, RecursionError):  # the answer counts without it
+            items = decode_items(output) or []
+            self._searches.complete(items, events)
+            for item in items:
+                for part in objects(item.content):
+                    for annotation in objects(part.get("annotations")):
+                        self._sources.add(annotation)
 
     def _complete(self, events: list[Event]) -> None:
         self._text.flush(events)

@@ -4,6 +4,7 @@ Both come from the web, so both are bounded here. Knows no order of events, and 
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -31,6 +32,20 @@ class Searches:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._completed: dict[int, bool] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._completed)
+
+    @property
+    def running(self) -> bool:
+        """Whether a search has started and not completed."""
+        return not all(self._completed.values())
+
+    def complete(self, items: Sequence[Item], events: list[Event]) -> None:
+        """Tell of what has not completed so far, by the items that the end of the answer repeats."""
+        for index, completed in self._completed.items():
+            if not completed and 0 <= index < len(items):
+                self.see(index, items[index], events, completed=True)
 
     def see(self, index: int, item: Item, events: list[Event], *, completed: bool) -> None:
         """Tell of a search that has started or completed, each once. Raises ToolLimit for one too many."""
