@@ -78,12 +78,12 @@ class ErrorBody(Struct):
 _LINE_SEPARATOR = re.compile("[\u0085\u2028\u2029]")
 
 
-def encode_string(text: str) -> bytes:
-    """A text as a JSON string, on one line for every reader."""
-    if not text.isascii() and _LINE_SEPARATOR.search(text):
-        json = encode_json(text).decode()
-        return _LINE_SEPARATOR.sub(lambda match: f"\\u{ord(match[0]):04x}", json).encode()
-    return encode_json(text)
+def encode_line(value: object) -> bytes:
+    """A value as JSON, on one line for every reader."""
+    json = encode_json(value)
+    if json.isascii() or not _LINE_SEPARATOR.search(text := json.decode()):
+        return json
+    return _LINE_SEPARATOR.sub(lambda match: f"\\u{ord(match[0]):04x}", text).encode()
 
 
 def encode_error(error: ChatError, request_id: str | None) -> bytes:

@@ -27,7 +27,7 @@ from chatproxy.events import (
     TextDelta,
     Usage,
 )
-from chatproxy.formats import Asked, encode_error, encode_json, encode_string
+from chatproxy.formats import Asked, encode_error, encode_json, encode_line
 from chatproxy.formats.requests import TextJoiner, decode_body
 
 Role = Literal["user", "assistant", "system"]
@@ -181,7 +181,7 @@ class Chunks:
         self._open(model)
 
     def _open(self, model: str) -> None:
-        self._chunk = b"data: " + encode_json({**self._head, "model": model})[:-1] + b',"choices":['
+        self._chunk = b"data: " + encode_line({**self._head, "model": model})[:-1] + b',"choices":['
         self._choice = self._chunk + b'{"index":0,"delta":'
         # A comment would be an event without data to some SDKs.
         self.keep_alive = self._choice + b"{}" + _DELTA_END
@@ -194,14 +194,14 @@ class Chunks:
         for event in events:
             match event:
                 case TextDelta():
-                    frames.append(self._delta(self._text, encode_string(event.text)))
+                    frames.append(self._delta(self._text, encode_line(event.text)))
                 case ReasoningDelta():
-                    frames.append(self._delta(self._reasoning, encode_string(event.text)))
+                    frames.append(self._delta(self._reasoning, encode_line(event.text)))
                 case Started():
                     if event.model is not None:
                         self._open(event.model)
                 case Citations():
-                    annotations = encode_json([_annotate(source) for source in event.sources])
+                    annotations = encode_line([_annotate(source) for source in event.sources])
                     frames.append(self._delta(self._choice + b'{"annotations":', annotations))
                 case Finished():
                     self._finished = event

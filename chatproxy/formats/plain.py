@@ -24,7 +24,7 @@ from chatproxy.events import (
     TextDelta,
     ToolCall,
 )
-from chatproxy.formats import Asked, EncodeFrame, encode_error, encode_json
+from chatproxy.formats import Asked, EncodeFrame, encode_error, encode_json, encode_line
 from chatproxy.formats.requests import decode_body
 
 Include = Literal["reasoning", "finish", "tools", "citations"]
@@ -104,9 +104,9 @@ class Plain:
                     frames += [frame(data, "reasoning") for data in self._reasoning.feed(event.text)]
                 case ToolCall() if "tools" in self._include:
                     query = UNSET if event.status == "started" else event.query
-                    frames.append(frame(encode_json(ToolData(event.tool, event.status, query)).decode(), "tool"))
+                    frames.append(frame(encode_line(ToolData(event.tool, event.status, query)).decode(), "tool"))
                 case Citations() if "citations" in self._include:
-                    frames.append(frame(encode_json(event.sources).decode(), "citations"))
+                    frames.append(frame(encode_line(event.sources).decode(), "citations"))
                 case Finished() if "finish" in self._include:
                     finish = FinishData(event.reason, event.model, event.usage or Raw(b"null"), event.api)
                     frames.append(frame(encode_json(finish).decode(), "finish"))

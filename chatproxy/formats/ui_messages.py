@@ -28,7 +28,7 @@ from chatproxy.events import (
     TextDelta,
     ToolCall,
 )
-from chatproxy.formats import Asked, EncodeFrame, encode_json, encode_string
+from chatproxy.formats import Asked, EncodeFrame, encode_line
 from chatproxy.formats.plain import Include
 from chatproxy.formats.requests import TextJoiner, decode_body
 
@@ -204,7 +204,7 @@ class UIMessages:
 
     def _chunk(self, type: str, **fields: object) -> bytes:
         present = {name: value for name, value in fields.items() if value is not None}
-        return self._frame(encode_json({"type": type, **present}).decode(), None)
+        return self._frame(encode_line({"type": type, **present}).decode(), None)
 
     def _add_delta(self, kind: Literal["text", "reasoning"], text: str, frames: list[bytes]) -> None:
         if self._open != kind:
@@ -213,7 +213,7 @@ class UIMessages:
             self._open = kind
             self._head = b'{"type":"%b-delta","id":"%d","delta":' % (kind.encode(), self._parts)
             frames.append(self._chunk(f"{kind}-start", id=str(self._parts)))
-        frames.append(self._frame((self._head + encode_string(text) + b"}").decode(), None))
+        frames.append(self._frame((self._head + encode_line(text) + b"}").decode(), None))
 
     def _close_part(self, frames: list[bytes]) -> None:
         if self._open is not None:

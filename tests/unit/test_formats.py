@@ -19,8 +19,9 @@ from chatproxy.events import (
     ToolCall,
     Usage,
 )
+from chatproxy.formats import StreamFormat
 from chatproxy.formats.openai import Chunks, Whole
-from chatproxy.formats.plain import Include
+from chatproxy.formats.plain import Include, Plain
 from chatproxy.formats.ui_messages import ALL, UIMessages, read_chat_id, recognizes
 from tests.readers import DONE, standard
 
@@ -209,6 +210,21 @@ def test_search_as_chunks() -> None:
         {"annotations": ANNOTATIONS},
         {},
     ]
+
+
+@pytest.mark.parametrize(
+    "format", [Plain("r", ALL), UIMessages("m1"), Chunks("r", "m", 1_700_000_000, include_usage=False)]
+)
+def test_strange_line_breaks(format: StreamFormat) -> None:
+    """Titles and queries come from the web: what Python's `str.splitlines` breaks lines at is escaped in them, too."""
+    breaks = "a\u2028b\u2029c\x85d\ne"
+    events: list[Event] = [
+        ToolCall("t1", "web_search", "completed", breaks),
+        Citations([Source("https://a.example/", breaks)]),
+    ]
+    lines = b"".join(format.encode(events)).decode().splitlines()
+    told = [json.loads(line.removeprefix("data: ")) for line in lines if line and not line.startswith("event: ")]
+    assert repr(breaks) in str(told)
 
 
 ANNOTATIONS = [
