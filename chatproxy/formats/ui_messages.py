@@ -222,8 +222,8 @@ class UIMessages:
 
     def _tool_call(self, call: ToolCall) -> list[bytes]:
         # As a call that was executed elsewhere, the page neither executes it nor asks again because of it; as a dynamic
-        # one it needs no schema there.
-        flags = {"toolCallId": call.id, "providerExecuted": True, "dynamic": True}
+        # one it needs no schema there. Pages look calls up by their ids in the whole chat, not only in one message.
+        flags = {"toolCallId": f"{self._message_id}-{call.id}", "providerExecuted": True, "dynamic": True}
         if call.status == "started":
             return [self._chunk("tool-input-start", toolName=call.tool, **flags)]
         query = {} if call.query is None else {"query": call.query}

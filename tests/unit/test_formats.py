@@ -59,22 +59,23 @@ def ui(events: list[Event], *include: Include) -> list[Any]:
 def test_search_as_ui_messages() -> None:
     """Searches are finished calls of dynamic tools that the page must not execute, pages are sources at the end."""
     flags = {"providerExecuted": True, "dynamic": True}
+    first, second = "m1-t1", "m1-t2"  # no other message's calls have these ids
     assert ui(SEARCHED) == [
         {"type": "reasoning-start", "id": "1"},
         {"type": "reasoning-delta", "id": "1", "delta": "hm"},
         {"type": "reasoning-end", "id": "1"},
-        {"type": "tool-input-start", "toolCallId": "t1", "toolName": "web_search", **flags},
+        {"type": "tool-input-start", "toolCallId": first, "toolName": "web_search", **flags},
         {
             "type": "tool-input-available",
-            "toolCallId": "t1",
+            "toolCallId": first,
             "toolName": "web_search",
             "input": {"query": "the weather"},
             **flags,
         },
-        {"type": "tool-output-available", "toolCallId": "t1", "output": {}, **flags},
-        {"type": "tool-input-start", "toolCallId": "t2", "toolName": "x_search", **flags},
-        {"type": "tool-input-available", "toolCallId": "t2", "toolName": "x_search", "input": {}, **flags},
-        {"type": "tool-output-available", "toolCallId": "t2", "output": {}, **flags},
+        {"type": "tool-output-available", "toolCallId": first, "output": {}, **flags},
+        {"type": "tool-input-start", "toolCallId": second, "toolName": "x_search", **flags},
+        {"type": "tool-input-available", "toolCallId": second, "toolName": "x_search", "input": {}, **flags},
+        {"type": "tool-output-available", "toolCallId": second, "output": {}, **flags},
         {"type": "text-start", "id": "2"},
         {"type": "text-delta", "id": "2", "delta": "It "},
         {"type": "text-delta", "id": "2", "delta": "rains"},
