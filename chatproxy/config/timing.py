@@ -22,8 +22,11 @@ class Timing(Struct, frozen=True, kw_only=True):
     # Before the first retry; twice that before the second, and so on. Called with the least and the most.
     retry_jitter: Callable[[float, float], float] = random.uniform
 
-    # Between two fetches of an identity provider's keys for tokens whose key is unknown, failed ones included.
+    # For one fetch of an identity provider's keys; between two for tokens whose key is unknown, failed ones included;
+    # and how long the last keys are used while the provider is away.
+    jwks_timeout: float = 5.0
     jwks_interval: float = 30.0
+    jwks_lifetime: float = 86_400.0
 
     # With Redis: how long a replica that has not renewed its lease counts as alive, how often it does (and looks after
     # its answers), and how long an outage may be before readers are told that the rest is lost.

@@ -5,6 +5,7 @@ Knows header fields, but no HTTP server, and not how a token is checked.
 
 import hashlib
 import hmac
+import logging
 import secrets
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Protocol
@@ -13,6 +14,8 @@ from msgspec import Struct
 
 from chatproxy.config import Settings
 from chatproxy.errors import Unauthorized
+
+log = logging.getLogger(__name__)
 
 # Longer than any address: what is sent instead of one must not fill memory.
 MAX_ADDRESS = 64
@@ -99,14 +102,23 @@ class Authenticator:
         return self._named("token", await self._verifier.verify(token))
 
     def _name_from_proxy(self, values: list[str], peer: str | None) -> str | None:
-        if len(values) != 1 or not 0 < len(values[0]) <= MAX_NAME or peer is None:
+        if not any(values):
             return None
+        if not self._is_proxy(peer):
+            log.info("AUTH_HEADER was ignored: it came from an address that is not in FORWARDED_ALLOW_IPS")
+            return None
+        if len(values) != 1 or len(values[0]) > MAX_NAME:
+            log.info("AUTH_HEADER was ignored: it came twice, or is too long")
+            return None
+        return values[0]
+
+    def _is_proxy(self, peer: str | None) -> bool:
         try:
-            ip = ip_address(peer)
+            ip = ip_address(peer or "")
         except ValueError:
-            return None
+            return False
         ip = getattr(ip, "ipv4_mapped", None) or ip
-        return values[0] if any(ip in proxies for proxies in self._proxies) else None
+        return any(ip in proxies for proxies in self._proxies)
 
     def _named(self, source: str, name: str) -> Caller:
         digest = hashlib.blake2b(digest_size=16, key=self._key)

@@ -20,10 +20,8 @@ from chatproxy.services.identity.tokens import Key
 
 log = logging.getLogger(__name__)
 
-# Seconds.
-FETCH_TIMEOUT = 5.0
-REFRESH_INTERVAL = 600.0  # between two fetches
-KEPT = 86_400.0  # that the last keys are used while the provider is away
+# Seconds between two fetches.
+REFRESH_INTERVAL = 600.0
 
 MAX_BYTES = 262_144
 MAX_KEYS = 100
@@ -46,10 +44,14 @@ class _Set(msgspec.Struct):
 class JWKS:
     """A KeySource for AUTH_JWKS_URL. `run` it in a task."""
 
+    algorithms = frozenset(name for names in _ALGORITHMS.values() for name in names)
+
     def __init__(self, settings: Settings, timing: Timing) -> None:
         assert settings.auth_jwks_url is not None
         self._url = settings.auth_jwks_url
+        self._timeout = timing.jwks_timeout
         self._interval = timing.jwks_interval
+        self._lifetime = timing.jwks_lifetime
         self._loop = asyncio.get_running_loop()
         self._keys: list[Key] = []
         self._tried_at = -self._interval
@@ -61,7 +63,7 @@ class JWKS:
             if settings.auth_proxy is None
             else ProxyTransport(settings.auth_proxy, context, REFRESH_INTERVAL, [])
         )
-        self._client = httpx.AsyncClient(transport=transport, trust_env=False, timeout=FETCH_TIMEOUT)
+        self._client = httpx.AsyncClient(transport=transport, trust_env=False, timeout=self._timeout)
 
     @property
     def ready(self) -> bool:
@@ -70,7 +72,7 @@ class JWKS:
 
     @property
     def _usable(self) -> bool:
-        return self.ready and self._loop.time() - self._fetched_at < KEPT
+        return self.ready and self._loop.time() - self._fetched_at < self._lifetime
 
     async def find(self, id: str | None, algorithm: str) -> Key | None:
         """The key of that id, or the only one that fits. An unknown id is looked for anew, but not by everybody."""
@@ -107,7 +109,7 @@ class JWKS:
 
     async def _fetch_keys(self) -> None:
         try:
-            with anyio.fail_after(FETCH_TIMEOUT):
+            with anyio.fail_after(self._timeout):
                 self._keys = _read(await self._fetch())
             self._fetched_at = self._loop.time()
         except (httpx.HTTPError, OSError, ValueError, RecursionError, TimeoutError) as error:

@@ -4,7 +4,7 @@ Knows PyJWT. Which algorithms are taken is decided by the kind of key, never by 
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any, Protocol
 
 import jwt
@@ -39,7 +39,7 @@ _REASONS: tuple[tuple[type[Exception], str], ...] = (
 class Key:
     """A key and the algorithms that it is for; `id` is what tokens call it."""
 
-    def __init__(self, value: Any, algorithms: Sequence[str], id: str | None = None) -> None:
+    def __init__(self, value: Any, algorithms: Collection[str], id: str | None = None) -> None:
         self.value = value
         self.algorithms = algorithms
         self.id = id
@@ -47,6 +47,10 @@ class Key:
 
 class KeySource(Protocol):
     """Where keys come from: a setting, or the provider."""
+
+    @property
+    def algorithms(self) -> Collection[str]:
+        """Those that any of its keys may be for."""
 
     @property
     def ready(self) -> bool:
@@ -59,14 +63,15 @@ class KeySource(Protocol):
 class SharedSecret:
     """A KeySource of one key, which whoever makes the tokens has, too."""
 
+    algorithms: Collection[str] = ("HS256",)
     ready = True
 
     def __init__(self, secret: str) -> None:
-        self._key = Key(secret.encode(), ["HS256"])
+        self._key = Key(secret.encode(), self.algorithms)
 
-    async def find(self, id: str | None, algorithm: str) -> Key | None:  # noqa: ARG002 -- there is one
+    async def find(self, id: str | None, algorithm: str) -> Key:  # noqa: ARG002 -- there is one
         """That key."""
-        return self._key if algorithm in self._key.algorithms else None
+        return self._key
 
 
 class JWTVerifier:
@@ -77,7 +82,11 @@ class JWTVerifier:
         self._claim = settings.auth_claim
         self._issuer = settings.auth_issuer
         self._audience = settings.auth_audience
-        self._options: Any = {"require": ["exp", settings.auth_claim], "verify_aud": settings.auth_audience is not None}
+        self._options: Any = {
+            "require": ["exp", settings.auth_claim],
+            "verify_aud": settings.auth_audience is not None,
+            "enforce_minimum_key_length": True,  # a short RSA key is accepted otherwise, with a warning only
+        }
 
     @property
     def ready(self) -> bool:
@@ -95,6 +104,8 @@ class JWTVerifier:
             raise _refused("malformed") from None
         if not isinstance(algorithm, str) or not isinstance(id, str | None):
             raise _refused("malformed")
+        if algorithm not in self._keys.algorithms:  # no reason to fetch anything
+            raise _refused("algorithm")
         key = await self._keys.find(id, algorithm)
         if key is None:
             raise _refused("key")
@@ -102,7 +113,7 @@ class JWTVerifier:
             claims = jwt.decode(
                 token,
                 key.value,
-                algorithms=key.algorithms,
+                algorithms=list(key.algorithms),
                 options=self._options,
                 audience=self._audience,
                 issuer=self._issuer,
