@@ -1,6 +1,7 @@
 """Settings that are right each by itself, and wrong beside each other."""
 
 from collections.abc import Collection, Mapping
+from ipaddress import ip_network
 from typing import Any
 
 
@@ -20,6 +21,11 @@ def find(read: Mapping[str, Any], given: Collection[str]) -> list[str]:
             for name in ("AUTH_ISSUER", "AUTH_AUDIENCE")
             if name in given
         ]
-    if "AUTH_HEADER" in given and read.get("forwarded_allow_ips") == "*":
+    if "AUTH_HEADER" in given and not _names_proxies(read.get("forwarded_allow_ips", "127.0.0.1")):
         problems.append("AUTH_HEADER: expected with a proxy's address in FORWARDED_ALLOW_IPS; * would believe anybody")
     return problems
+
+
+def _names_proxies(trusted: str) -> bool:
+    """Whether these are addresses of some machines, and neither of none nor of all."""
+    return trusted not in ("", "*") and all(ip_network(item).prefixlen for item in trusted.split(","))

@@ -395,7 +395,13 @@ NO_JWKS = "AUTH_JWKS_URL: expected an address such as https://auth.example.com/.
         ),
         ({"AUTH_ISSUER": "a"}, "AUTH_ISSUER: expected only with AUTH_JWKS_URL or AUTH_JWT_SECRET"),
         ({"AUTH_AUDIENCE": "a"}, "AUTH_AUDIENCE: expected only with AUTH_JWKS_URL or AUTH_JWT_SECRET"),
-        ({"AUTH_HEADER": "X-User", "FORWARDED_ALLOW_IPS": "*"}, "AUTH_HEADER: expected with a proxy's address in"),
+        *(
+            (
+                {"AUTH_HEADER": "X-User", "FORWARDED_ALLOW_IPS": trusted},
+                "AUTH_HEADER: expected with a proxy's address in",
+            )
+            for trusted in ("*", ",", "0.0.0.0/0", "10.0.0.1, ::/0")
+        ),
         ({"AUTH_JWKS_URL": "http://auth.example.com/k", "AUTH_ISSUER": "a"}, NO_JWKS),
         ({"AUTH_JWKS_URL": "file:///keys", "AUTH_ISSUER": "a"}, NO_JWKS),
         ({"AUTH_JWKS_URL": "ftp://localhost/keys", "AUTH_ISSUER": "a"}, NO_JWKS),
