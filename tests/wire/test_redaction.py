@@ -6,6 +6,7 @@ import logging
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -20,6 +21,7 @@ from tests.conftest import Service, environment, serving, spawned
 from tests.readers import standard
 from tests.responses import CREATED
 from tests.upstream import CLOSE, HANG, RESET, Script, Upstream, chunk, error, frame, sse, stream
+from tests.wire.test_identity import RSA, Provider, forged, provided, settings, token
 
 pytestmark = pytest.mark.anyio
 
@@ -29,6 +31,7 @@ PROMPT = "canaryprompt and something after it"
 ANSWER = "canaryanswer"
 SESSION = "canarysession"
 SYSTEM = "canarysystem"
+NAME = "canaryname"
 CANARY = "canary"
 
 QUOTES = f"Incorrect API key provided: {KEY}. You said: {PROMPT}. See https://canary.example or mail canary@x.example."
@@ -160,6 +163,53 @@ async def test_nowhere(log_format: str, transport: str, api: str, scripts: list[
     assert CANARY.encode() not in command
 
 
+@pytest.mark.parametrize("log_format", ["text", "json"])
+async def test_who_asks_is_nowhere(log_format: str) -> None:
+    """Neither a token, good or bad, nor the name that it or a proxy gives, nor what the provider has said."""
+    provider = Provider()
+    good = token(sub=NAME, jti=CANARY)
+    tokens = [
+        good,
+        token(sub=NAME, exp=1),
+        token(sub=NAME, aud=CANARY),
+        token(sub=NAME, iss=CANARY),
+        token(sub=f"{NAME}\n"),
+        token("x" * 64, "HS256", CANARY, sub=NAME),
+        token(RSA, "RS256", CANARY, sub=NAME),
+        forged({"alg": CANARY, "kid": "rsa"}, {"sub": NAME}),
+        forged({"alg": "RS256", "kid": "rsa", "crit": [CANARY]}, {"sub": NAME}),
+        forged({"alg": "RS256", "kid": [CANARY]}, CANARY.encode()),
+        f"{CANARY}.{CANARY}.{CANARY}",
+        *(good.replace(".", f".{CANARY}"), good[:-4] + "AAAA", good.partition(".")[2], CANARY * 2000),
+    ]
+    parts = [part for each in tokens for part in each.split(".") if len(part) > 4]
+    async with Upstream() as grok, provided(provider) as url:
+        changes: dict[str, Any] = {
+            **settings(f"{url}/{CANARY}"),
+            "auth_header": "X-User",
+            "grok_api_key": KEY,
+            "log_level": "debug",
+            "log_format": log_format,
+            "rate_limit": "9/day",
+        }
+        async with spawned(grok.url, python=("-X", "dev"), **changes) as service:
+            named = [await service.ask(headers={"X-User": name}) for name in (NAME, NAME * 50)]
+            assert [response.status_code for response in named] == [200, 401]
+            sent = [await service.ask(headers={"Authorization": f"Bearer {each}"}) for each in tokens]
+            assert [response.status_code for response in sent] == [200] + [401] * (len(tokens) - 1)
+            metrics = (await service.client.get("/metrics")).text
+        provider.reply = b"HTTP/1.1 200 canary\r\nX: canary\r\n\r\ncanary"
+        async with spawned(grok.url, **changes) as unready:
+            sent.append(await unready.ask(headers={"Authorization": f"Bearer {good}"}))
+            assert sent[-1].status_code == 503
+    assert "there are no new keys" in unready.stderr
+    assert service.stderr.count("a token was refused") == len(tokens) - 1
+    answers = "".join(f"{response.text} {response.headers}" for response in (*named, *sent))
+    written = service.stderr + unready.stderr + metrics + answers
+    assert CANARY not in written.lower()
+    assert [part for part in parts if part in written] == []
+
+
 @pytest.fixture(params=[logs.TextFormatter, logs.JSONFormatter])
 def written(request: pytest.FixtureRequest) -> Iterator[io.StringIO]:
     """What the service would write to its log."""
@@ -202,12 +252,13 @@ async def test_tracebacks(
 
 async def test_reprs() -> None:
     """What holds the key or what was said does not show it."""
-    settings = load(environment("http://localhost/v1", grok_api_key=KEY, system_prompt=SYSTEM, access_tokens=TOKEN))
+    held = {"system_prompt": SYSTEM, "access_tokens": TOKEN, "auth_jwt_secret": CANARY * 6}
+    loaded = load(environment("http://localhost/v1", grok_api_key=KEY, **held))
     body = {"messages": [{"role": "user", "content": PROMPT}], "sessionId": SESSION}
     chat = decode_request(json.dumps(body).encode(), "id").chat
     said = chat_completions.Chunk([], error=ANSWER)
     request = chat_completions.CompletionRequest("grok", chat.messages, True, {})
     refused = failures.UpstreamErrorBody(ANSWER, ANSWER)
-    for holder in (settings, chat, chat.messages, said, TextDelta(ANSWER), request, refused):
+    for holder in (loaded, chat, chat.messages, said, TextDelta(ANSWER), request, refused):
         assert CANARY not in repr(holder)
         assert len(repr(holder)) > 5
