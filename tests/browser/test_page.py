@@ -134,6 +134,12 @@ async def test_access_token(page: Page) -> None:
         for attempt in ("wrong", "some-access-token"):
             if attempt == "wrong":
                 await say(page, "Hi")
+                await expect(
+                    page.get_by_role("log").get_by_text("This service asks for an access token.")
+                ).to_be_visible()
+            else:
+                refused = page.get_by_role("log").get_by_text("This service does not accept your access token.")
+                await expect(refused).to_be_visible()
             await expect(page.get_by_text("unauthorized")).to_be_visible()
             await expect(token).to_be_focused()
             await page.keyboard.type(attempt)
