@@ -279,7 +279,11 @@ def describe(routes: Iterable[tuple[str, str, str]], root_path: str) -> Object:
             "headers": {name: {"description": text, "schema": {"type": "string"}} for name, text in _HEADERS.items()},
             "responses": _refusals(NO_ROUTE_ERRORS),
             "securitySchemes": {
-                "token": {"type": "http", "scheme": "bearer", "description": "Only where ACCESS_TOKENS is set."}
+                "token": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": "Only where ACCESS_TOKENS, AUTH_JWKS_URL or AUTH_JWT_SECRET is set.",
+                }
             },
         },
     }
