@@ -4,7 +4,7 @@ import pytest
 from starlette.datastructures import Headers
 
 from chatproxy.config import RateLimit, Settings
-from chatproxy.errors import Busy, RateLimited
+from chatproxy.errors import Busy, RateLimited, Unauthorized
 from chatproxy.services.access import Authenticator, Caller, client_key
 from chatproxy.services.limits import BodyMemory, MemoryRateLimiter
 
@@ -148,3 +148,26 @@ async def test_scope_of_keys() -> None:
     assert await scope(Settings(), {}, "192.0.2.1") != await scope(Settings(), {}, "192.0.2.2")
     assert await scope(Settings(), {}, "192.0.2.1") != await scope(Settings(), header, "192.0.2.1")
     assert await scope(tokens, header, "192.0.2.1") == await scope(tokens, header, "192.0.2.2")
+
+
+@pytest.mark.parametrize(
+    ("peer", "believed"),
+    [
+        ("10.0.0.1", True),
+        ("::ffff:10.0.0.1", True),
+        ("2001:db8::1", True),
+        ("10.0.0.2", False),
+        ("2001:db9::1", False),
+        ("a socket's path", False),
+        (None, False),
+    ],
+)
+async def test_name_from_a_peer(peer: str | None, believed: bool) -> None:
+    """A name in AUTH_HEADER counts from the addresses and networks that are set, however the system writes them."""
+    settings = Settings(auth_header="x-user", forwarded_allow_ips="10.0.0.1,2001:db8::/32")
+    asking = Authenticator(settings).authenticate(Headers({"X-User": "ada"}), "192.0.2.1", peer)
+    if believed:
+        assert (await asking).id.startswith("user:")
+    else:
+        with pytest.raises(Unauthorized):
+            await asking

@@ -430,6 +430,18 @@ async def test_provider_that_says_nothing(grok: Upstream, caplog: pytest.LogCapt
     assert "there are no new keys: " in caplog.text
 
 
+async def test_stop_while_keys_are_fetched(grok: Upstream, caplog: pytest.LogCaptureFixture) -> None:
+    """A service that stops does not wait for the provider, leaves no fetch behind, and complains of nothing."""
+    provider = Provider()
+    provider.gate = Gate()
+    async with provided(provider) as url, asyncio.timeout(TIMEOUT):
+        async with serving(grok.url, Timing(jwks_timeout=3600), **settings(url)):
+            await provider.gate.reached.wait()
+        assert [task for task in asyncio.all_tasks() if "_fetch_keys" in repr(task.get_coro())] == []
+        provider.gate.open()
+    assert "AUTH_JWKS_URL" not in caplog.text
+
+
 async def test_long_outage_of_the_provider(grok: Upstream) -> None:
     """Keys are not used for ever: when their time is over nobody knows whether the provider still signs with them."""
     provider = Provider()
