@@ -79,17 +79,19 @@ class _Call:
 
 
 class Commands:
-    """Sends commands to Redis. `run` it in a task."""
+    """Sends commands to Redis. `run` it in a task. `short_outage`: seconds in which nobody's lease runs out."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, short_outage: float) -> None:
         self.seen = False  # it has been there once
         self.available = False
         self.server = b""  # the run id of the server; another one has another memory
         self.connected_at = 0.0  # on the loop's clock
+        self.reached_at = 0.0  # the same, but connections that were lost for a moment do not count
         self.lost_at = 0.0
         self.replaced_at = -math.inf  # when it was last found to have another memory than before
         self.on_connect: list[Callable[[bool], None]] = []  # told whether it is another server than before
         self._url = url
+        self._short_outage = short_outage
         self._tried = False
         self._waiting: list[_Call] = []
         self._wake = asyncio.Event()
@@ -157,6 +159,8 @@ class Commands:
         replaced = other and self.seen
         self.server, self.seen, self._tried, self.available = server, True, True, True
         self.connected_at = asyncio.get_running_loop().time()
+        if other or self.connected_at - self.lost_at > self._short_outage:
+            self.reached_at = self.connected_at
         if replaced:
             self.replaced_at = self.connected_at
         log.info("redis is there")
