@@ -28,8 +28,6 @@ log = logging.getLogger(__name__)
 
 # Seconds. A request to stop that its owner has not heard of is found by its next sweep.
 STOP_TTL = 60
-# After Redis has lost its memory: until all replicas have written again what they have.
-SETTLE_TIME = 3.0
 # Between two looks at whether an answer of another replica has a status.
 STATUS_INTERVAL = 0.05
 
@@ -73,7 +71,7 @@ class RedisDirectory:
             keys.idempotency(*stream.key) if stream.key else keys.meta(stream.id),
             keys.name(stream.name) if stream.name else keys.meta(stream.id),
         ]
-        if stream.key and self._settling():  # it may have started an answer that Redis does not know yet again
+        if stream.key and self._commands.settling():  # it may have started an answer that Redis does not know yet again
             raise StoreUnavailable
         for _ in range(3):  # what has the key may vanish before it is looked at
             found = await self._commands.demand(
@@ -125,7 +123,7 @@ class RedisDirectory:
             raise StreamNotFound
         fields = await self._fields(self._keys.meta(id), *_FIELDS)
         version, owner, state, digest, request, kind, named = fields
-        if version is None and self._settling():
+        if version is None and self._commands.settling():
             raise StoreUnavailable
         if version != FORMAT or None in fields or kind.decode(errors="replace") not in _FORMATS:
             self._warn(version is not None)
@@ -148,9 +146,6 @@ class RedisDirectory:
             self._waiting.add(task)
             task.add_done_callback(self._waiting.discard)
         return stream, digest
-
-    def _settling(self) -> bool:
-        return asyncio.get_running_loop().time() - self._commands.replaced_at < SETTLE_TIME
 
     async def _fields(self, key: str, *names: str) -> list[Any]:
         """The values; none where the key is no hash, for then it is not ours. Raises StoreUnavailable."""
@@ -188,7 +183,7 @@ class RedisDirectory:
         try:
             id = await self._id_of(name)
             if id is None:
-                if self._settling():
+                if self._commands.settling():
                     raise StoreUnavailable
                 return own
             [read] = await self._fields(self._keys.meta(id), "read")
