@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
 
+import httpx
 import pytest
 
 from chatproxy.config.timing import Timing
@@ -36,12 +37,19 @@ async def booked(service: Service, tokens: int) -> None:
             await asyncio.sleep(0.02)
 
 
+async def answered(service: Service) -> httpx.Response:
+    """What a chat gets once Redis has answered in time, for which a busy machine may need another try."""
+    while (response := await service.ask()).status_code == 503:
+        assert refusal(response)["code"] == "store_unavailable"
+    return response
+
+
 async def test_edge_of_all(grok: Upstream, redis: RedisServer) -> None:
     """Two hundred chats at once on two replicas get what fits into the budget, and then one answer more at most."""
     gate = Gate()
     grok.set_scripts(sse(gate, frame(chunk({"content": "a"})), finish(usage(40, 9960)), DONE))
     async with fleet(grok, redis, 2, BRISK, **own("15000/day")) as replicas:
-        asking = [asyncio.create_task(replicas[number % 2].ask()) for number in range(200)]
+        asking = [asyncio.create_task(answered(replicas[number % 2])) for number in range(200)]
         async with asyncio.timeout(20):
             while sum(task.done() for task in asking) < 198:  # noqa: ASYNC110 -- two of 6,000 fit
                 await asyncio.sleep(0.01)
@@ -50,7 +58,7 @@ async def test_edge_of_all(grok: Upstream, redis: RedisServer) -> None:
         assert statuses == {200: 2, 429: 198}
         for service in replicas:
             async with asyncio.timeout(5):
-                while denied(await service.ask()) == 10:  # noqa: ASYNC110 -- nobody tells when
+                while denied(await answered(service)) == 10:  # noqa: ASYNC110 -- nobody tells when
                     await asyncio.sleep(0.01)
         assert len(grok.calls) == 2
 
