@@ -14,6 +14,7 @@ import contextlib
 import os
 import shutil
 import signal
+from collections.abc import AsyncIterator
 from typing import Any, Self
 
 import pytest
@@ -113,3 +114,60 @@ class RedisServer:
             if (left := self.do("PTTL", key)) != -2:  # it has just expired
                 found[key.decode()] = left
         return found
+
+
+class Link:
+    """A way to a Redis of its own: a proxy whose connections can be held up, and reset."""
+
+    def __init__(self, port: int) -> None:
+        self.port = 0
+        self._port = port
+        self._open = asyncio.Event()
+        self._open.set()
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator["Link"]:
+        """Inside it, it is there."""
+        server = await asyncio.start_server(self._join, "127.0.0.1", 0)
+        async with server:
+            self.port = server.sockets[0].getsockname()[1]
+            yield self
+            self.reset()
+
+    async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        except OSError:
+            writer.transport.abort()
+            return
+        both = {writer, far_writer}
+        self._writers |= both
+        await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer))
+        self._writers -= both
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while piece := await reader.read(65536):
+                await self._open.wait()
+                writer.write(piece)
+                await writer.drain()
+        writer.close()
+
+    @property
+    def url(self) -> str:
+        """Its address, as that of a Redis."""
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def hold(self) -> None:
+        """From now on nothing arrives, in either direction."""
+        self._open.clear()
+
+    def go_on(self) -> None:
+        """What was held arrives."""
+        self._open.set()
+
+    def reset(self) -> None:
+        """All connections are lost, and what is on the way."""
+        for writer in self._writers:
+            writer.transport.abort()

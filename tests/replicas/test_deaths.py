@@ -3,18 +3,17 @@
 import asyncio
 import contextlib
 import os
-import random
 import secrets
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.conftest import Service, SubprocessService, seen, spawned
-from tests.readers import DONE, Event, Standard, joined, standard
+from tests.conftest import SubprocessService, seen, spawned
+from tests.readers import Event, joined, standard
 from tests.redis_servers import RedisServer, needs_redis
 from tests.replicas.fleets import JSON, follow, number_of, start
 from tests.upstream import HANG, Upstream, stream
@@ -103,105 +102,3 @@ async def test_owner_that_was_away(grok: Upstream) -> None:
             async with asyncio.timeout(10):
                 while standard((await service.client.get(url)).content) != [Event("a", id=f"{number_of(url)}-1"), cut]:
                     pass
-
-
-async def _read_to_the_end(services: Sequence[Service], url: str, chance: random.Random) -> tuple[list[Event], str]:
-    """All events, by a reader that is cut off at random and comes back on any replica; and how it ended."""
-    events: list[Event] = []
-    parser = Standard()
-    while True:
-        service = chance.choice(services)
-        budget = chance.choice((30, 200, 1000, 10**9))
-        try:
-            headers = {"Last-Event-ID": parser.last_event_id} if parser.last_event_id else {}
-            parser = Standard()
-            parser.last_event_id = headers.get("Last-Event-ID", "")
-            async with service.client.stream("GET", url, headers=headers) as response:
-                if response.status_code != 200:
-                    body = await response.aread()
-                    if response.status_code in (204, 404):
-                        return events, str(response.status_code)
-                    assert response.status_code in (429, 503), body
-                    await asyncio.sleep(0.2)
-                    continue
-                async for piece in response.aiter_raw():
-                    for event in parser.feed(piece):
-                        events.append(event)
-                        if event.data == DONE:
-                            return events, "done"
-                        if event.type == "error":
-                            return events, str(code(event))
-                    budget -= len(piece)
-                    if budget < 0:
-                        break
-        except httpx.TransportError:
-            await asyncio.sleep(0.1)
-
-
-@pytest.mark.parametrize("answers", [int(os.environ.get("CAMPAIGN", "300"))])
-async def test_campaign(grok: Upstream, answers: int) -> None:
-    """Readers reset, replicas killed, Redis restarted, all at random: no wrong text, no hang, every end true."""
-    chance = random.Random(7)  # noqa: S311 -- the same each time
-    words = [f"{number} " for number in range(30)]
-    text = "".join(words)
-    grok.set_scripts(stream(*(step for word in words for step in (word, 0.03))))
-    ends: dict[str, int] = {}
-    changes = {"replay_ttl": 5, "resume_window": 5, "grok_retries": 0, "log_level": "error"}
-    async with RedisServer() as redis, AsyncExitStack() as stack:
-        prefix = f"test:{secrets.token_hex(4)}:"
-        shared: Any = {"redis_url": redis.url, "redis_prefix": prefix, **changes}
-        services = [await stack.enter_async_context(spawned(grok.url, **shared)) for _ in range(3)]
-        await seen([service.port for service in services])
-        places = asyncio.Semaphore(40)
-        asked = 0
-        over = asyncio.Event()
-
-        async def one() -> None:
-            nonlocal asked
-            async with places:
-                while True:
-                    try:
-                        response = await chance.choice(services).ask(headers=JSON)
-                    except httpx.TransportError:
-                        response = None
-                    if response is not None and response.status_code == 201:
-                        break
-                    await asyncio.sleep(0.2)
-                asked += 1
-                async with asyncio.timeout(40):
-                    events, end = await _read_to_the_end(services, response.json()["url"], chance)
-                ids = [int(event.id.rpartition("-")[2]) for event in events if event.type != "error"]
-                assert ids == list(range(1, len(ids) + 1))
-                said = joined([event for event in events if event.type != "error"])
-                assert text.startswith(said)
-                if end == "done":
-                    assert said == text
-                ends[end] = ends.get(end, 0) + 1
-
-        async def havoc() -> None:
-            number = 0
-            while not over.is_set():
-                await asyncio.sleep(3)
-                number += 1
-                if number in (2, 4):
-                    await redis.restart()
-                place = number % len(services)
-                services[place].process.kill()
-                await services[place].exit_code()
-                services[place] = await stack.enter_async_context(spawned(grok.url, **shared))
-
-        wreck = asyncio.create_task(havoc())
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(answers):
-                tasks.create_task(one())
-        over.set()
-        await wreck
-        assert asked == answers
-        # 404: Redis was restarted just after the owner had died, so nobody knows of it any more.
-        assert set(ends) <= {"done", "upstream_cut_off", "replay_lost", "404", "204", "abandoned"}
-        assert ends["done"] > answers / 3
-        assert len(grok.calls) <= answers + 60  # those whose replica died before it could say where
-        assert -1 not in redis.everything().values()
-        async with asyncio.timeout(100):
-            while any("{" in key for key in redis.everything()):  # noqa: ASYNC110 -- nobody tells when it is so
-                await asyncio.sleep(0.5)

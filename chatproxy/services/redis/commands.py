@@ -40,6 +40,7 @@ CONNECT_TIMEOUT = 1.0
 REQUEST_TIMEOUT = 0.5  # that a client waits for one reply
 PIPELINE_TIMEOUT = 2.0  # for all replies of a pipeline; then the connection counts as lost
 RECONNECT_INTERVAL = 0.5
+SETTLE_TIME = 3.0  # after Redis has lost its memory: until all replicas have written again what they have
 
 OLDEST = (6, 2)
 
@@ -79,20 +80,26 @@ class _Call:
 
 
 class Commands:
-    """Sends commands to Redis. `run` it in a task."""
+    """Sends commands to Redis. `run` it in a task. `short_outage`: seconds in which nobody's lease runs out."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, short_outage: float) -> None:
         self.seen = False  # it has been there once
         self.available = False
         self.server = b""  # the run id of the server; another one has another memory
         self.connected_at = 0.0  # on the loop's clock
+        self.reached_at = 0.0  # the same, but connections that were lost for a moment do not count
         self.lost_at = 0.0
-        self.replaced_at = -math.inf  # when it was last found to have another memory than before
+        self._replaced_at = -math.inf  # when it was last found to have another memory than before
         self.on_connect: list[Callable[[bool], None]] = []  # told whether it is another server than before
         self._url = url
+        self._short_outage = short_outage
         self._tried = False
         self._waiting: list[_Call] = []
         self._wake = asyncio.Event()
+
+    def settling(self) -> bool:
+        """Whether Redis may not know yet what it lost just now: who finds nothing there has to ask again."""
+        return asyncio.get_running_loop().time() - self._replaced_at < SETTLE_TIME
 
     async def execute(self, *commands: Command, within: float = REQUEST_TIMEOUT) -> list[Reply]:
         """The replies, in order. Raises StoreUnavailable if they do not come: then nobody knows what has been done."""
@@ -157,8 +164,10 @@ class Commands:
         replaced = other and self.seen
         self.server, self.seen, self._tried, self.available = server, True, True, True
         self.connected_at = asyncio.get_running_loop().time()
+        if other or self.connected_at - self.lost_at > self._short_outage:
+            self.reached_at = self.connected_at
         if replaced:
-            self.replaced_at = self.connected_at
+            self._replaced_at = self.connected_at
         log.info("redis is there")
         if other and (policy := facts.get("maxmemory_policy", "noeviction")) != "noeviction":
             log.warning(

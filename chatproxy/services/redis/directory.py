@@ -10,6 +10,7 @@ import anyio
 from redis.exceptions import RedisError
 
 from chatproxy.config import Settings
+from chatproxy.config.timing import Timing
 from chatproxy.errors import StoreUnavailable, StreamNotFound
 from chatproxy.events import StreamSummary
 from chatproxy.formats import MakeFormat, StreamFormat
@@ -18,6 +19,7 @@ from chatproxy.formats.ui_messages import UIMessages
 from chatproxy.services.redis.commands import Command, Commands
 from chatproxy.services.redis.copies import ASKING_TTL, RedisStore
 from chatproxy.services.redis.entries import FORMAT, decode_error, encode_error
+from chatproxy.services.redis.liveness import Liveness
 from chatproxy.services.redis.mirrors import Remotes
 from chatproxy.services.redis.scripts import CLAIM, NOTE_READ, RELEASE, Keys
 from chatproxy.services.resumable import STREAM_ID, ResumableStream, other_body
@@ -26,8 +28,6 @@ log = logging.getLogger(__name__)
 
 # Seconds. A request to stop that its owner has not heard of is found by its next sweep.
 STOP_TTL = 60
-# After Redis has lost its memory: until all replicas have written again what they have.
-SETTLE_TIME = 3.0
 # Between two looks at whether an answer of another replica has a status.
 STATUS_INTERVAL = 0.05
 
@@ -45,14 +45,14 @@ class RedisDirectory:
         keys: Keys,
         settings: Settings,
         remotes: Remotes,
-        outage: float,
+        timing: Timing,
     ) -> None:
         self._commands = commands
         self._store = store
         self._keys = keys
         self._status_hold = settings.status_hold
         self._remotes = remotes
-        self._outage = outage
+        self._timing = timing
         self._unsent: list[Command] = []  # releases, to be sent when Redis is there again
         self._waiting: set[asyncio.Task[None]] = set()
         self._warned = False
@@ -71,7 +71,7 @@ class RedisDirectory:
             keys.idempotency(*stream.key) if stream.key else keys.meta(stream.id),
             keys.name(stream.name) if stream.name else keys.meta(stream.id),
         ]
-        if stream.key and self._settling():  # it may have started an answer that Redis does not know yet again
+        if stream.key and self._commands.settling():  # it may have started an answer that Redis does not know yet again
             raise StoreUnavailable
         for _ in range(3):  # what has the key may vanish before it is looked at
             found = await self._commands.demand(
@@ -122,8 +122,8 @@ class RedisDirectory:
         if not re.fullmatch(STREAM_ID, id):
             raise StreamNotFound
         fields = await self._fields(self._keys.meta(id), *_FIELDS)
-        version, _, state, digest, request, kind, named = fields
-        if version is None and self._settling():
+        version, owner, state, digest, request, kind, named = fields
+        if version is None and self._commands.settling():
             raise StoreUnavailable
         if version != FORMAT or None in fields or kind.decode(errors="replace") not in _FORMATS:
             self._warn(version is not None)
@@ -142,13 +142,10 @@ class RedisDirectory:
             stream.status_sent = True
             stream.first_chunk_or_error.set()
         elif not stream.first_chunk_or_error.is_set():
-            task = asyncio.create_task(self._wait_for_status(stream))
+            task = asyncio.create_task(self._wait_for_status(stream, owner.decode(errors="replace")))
             self._waiting.add(task)
             task.add_done_callback(self._waiting.discard)
         return stream, digest
-
-    def _settling(self) -> bool:
-        return asyncio.get_running_loop().time() - self._commands.replaced_at < SETTLE_TIME
 
     async def _fields(self, key: str, *names: str) -> list[Any]:
         """The values; none where the key is no hash, for then it is not ours. Raises StoreUnavailable."""
@@ -164,15 +161,17 @@ class RedisDirectory:
             self._warned = True
             log.warning("redis has keys under REDIS_PREFIX that this version has not written; they are ignored")
 
-    async def _wait_for_status(self, stream: ResumableStream) -> None:
+    async def _wait_for_status(self, stream: ResumableStream, owner: str) -> None:
+        liveness = Liveness(self._commands, self._keys, self._timing)
         with anyio.move_on_after(self._status_hold + 1):
             while True:
                 await anyio.sleep(STATUS_INTERVAL)
                 try:
                     state, error = await self._fields(self._keys.meta(stream.id), "state", "error")
+                    # A dead replica tells no status: then whoever reads the answer writes its end.
+                    if state == b"asking" and not await liveness.is_over(owner):
+                        continue
                 except StoreUnavailable:
-                    continue
-                if state == b"asking":
                     continue
                 if state is None or state == b"refused":
                     stream.error = decode_error(error)
@@ -184,7 +183,7 @@ class RedisDirectory:
         try:
             id = await self._id_of(name)
             if id is None:
-                if self._settling():
+                if self._commands.settling():
                     raise StoreUnavailable
                 return own
             [read] = await self._fields(self._keys.meta(id), "read")
@@ -228,7 +227,7 @@ class RedisDirectory:
         try:
             [reply] = await self._commands.execute(("PUBSUB", "NUMSUB", self._keys.channel(stream.id)))
         except StoreUnavailable:
-            return asyncio.get_running_loop().time() - self._commands.lost_at < self._outage
+            return asyncio.get_running_loop().time() - self._commands.lost_at < self._timing.store_outage
         return not isinstance(reply, RedisError) and bool(reply[1])
 
     async def aclose(self) -> None:

@@ -26,6 +26,7 @@ from chatproxy.errors import (
 from chatproxy.events import Failed
 from chatproxy.services.redis.commands import PIPELINE_TIMEOUT, Commands
 from chatproxy.services.redis.entries import Entry, decode_entry, decode_error, encode
+from chatproxy.services.redis.liveness import Liveness
 from chatproxy.services.redis.scripts import END_FOR_DEAD, Keys
 from chatproxy.services.redis.subscriptions import Subscriptions
 from chatproxy.services.resumable import FINAL_EVENT_NUMBER, ResumableStream
@@ -62,7 +63,7 @@ class Mirror:
         self._doubt = asyncio.Event()
         self._heard = self._since = self._loop.time()
         self._owner: str | None = None
-        self._missing_since: float | None = None
+        self._liveness = Liveness(mirrors.commands, mirrors.keys, mirrors.timing)
         self._vanished_since: float | None = None
 
     async def run(self) -> None:
@@ -179,9 +180,10 @@ class Mirror:
             self.give_up(ReplayLost() if state == b"ended" else UpstreamCutOff())
         elif state is None or owner is None:  # expired; or Redis has lost it, and its owner may write it again
             self._vanished_since = self._vanished_since or now
-            if self._stream.over or now - self._vanished_since > self._timing.store_outage:
+            expired = self._stream.over and not self._all.commands.settling()
+            if expired or now - self._vanished_since > self._timing.store_outage:
                 self.give_up(ReplayLost())
-        elif await self._is_dead(self._note_owner(owner), now):
+        elif await self._liveness.is_over(self._note_owner(owner)):
             await self._end_for(owner)
         else:
             self._vanished_since = None
@@ -189,16 +191,6 @@ class Mirror:
     def _note_owner(self, owner: bytes) -> str:
         self._owner = owner.decode(errors="replace")
         return self._owner
-
-    async def _is_dead(self, owner: str, now: float) -> bool:
-        commands = self._all.commands
-        [alive] = await commands.execute(("EXISTS", self._all.keys.lease(owner)))
-        # A server that was just started, or reached, may not know the leases yet.
-        if alive or now - commands.connected_at < self._timing.lease:
-            self._missing_since = None
-            return False
-        self._missing_since = self._missing_since or now
-        return now - self._missing_since >= self._timing.sweep_interval * 0.9  # two looks have missed it
 
     async def _end_for(self, owner: bytes) -> None:
         assert self.have is not None

@@ -45,13 +45,13 @@ class Replicas:
         # A name of this start: what a replica was before it was started anew is another one's, and dead.
         self._keys = Keys(settings, secrets.token_urlsafe(12))
         self._timing = timing
-        self.commands = Commands(settings.redis_url)
+        self.commands = Commands(settings.redis_url, timing.lease / 3)
         self._subscriptions = Subscriptions(settings.redis_url, 3 * timing.sweep_interval)
         remotes: Remotes = WeakValueDictionary()
         memory = MemoryStore(settings.replay_bytes, settings.replay_total_bytes)
         self._mirrors = Mirrors(memory, self.commands, self._subscriptions, self._keys, settings, timing, remotes)
         self.store = RedisStore(memory, self.commands, self._mirrors, self._keys, settings)
-        self.directory = RedisDirectory(self.commands, self.store, self._keys, settings, remotes, timing.store_outage)
+        self.directory = RedisDirectory(self.commands, self.store, self._keys, settings, remotes, timing)
         fallback = Fallback(settings, self.commands)
         self.rate_limiter = RedisRateLimiter(settings, self.commands, self._keys, fallback)
         self.ledger = RedisLedger(settings, timing, self.commands, self._keys, fallback)

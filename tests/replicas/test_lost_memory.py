@@ -1,0 +1,47 @@
+"""Redis comes back with an empty memory before the owner of an answer does."""
+
+import asyncio
+
+import pytest
+
+from chatproxy.config.timing import Timing
+from tests.conftest import TIMEOUT, seen, serving
+from tests.readers import DONE
+from tests.redis_servers import Link, RedisServer, needs_redis
+from tests.replicas.fleets import becomes, follow, number_of, start
+from tests.upstream import Gate, Upstream, stream
+
+pytestmark = [pytest.mark.anyio, needs_redis]
+
+
+async def test_owner_comes_back_later(grok: Upstream) -> None:
+    """A reader elsewhere of an answer that counts as complete waits for its owner, too, and loses nothing."""
+    gate = Gate()
+    grok.set_scripts(stream("a", gate, "b"))
+    seldom = Timing(sweep_interval=5)  # nobody looks in between
+    async with (
+        RedisServer() as redis,
+        Link(redis.port).running() as link,
+        serving(grok.url, seldom, redis_url=link.url, redis_prefix="late:") as owner,
+        serving(grok.url, seldom, redis_url=redis.url, redis_prefix="late:") as other,
+    ):
+        await seen([owner.port, other.port])
+        url = await start(owner)
+        async with follow(other, url) as there:
+            assert (await there.event()).data == "a"
+            meta = f"late:{{{number_of(url)}}}:meta"
+            redis.do("HSET", meta, "state", "ended")
+            assert (await other.client.head(url)).status_code == 200
+            redis.do("HSET", meta, "state", "running")
+            link.hold()
+            await redis.stop()
+            await becomes(other, "/readyz", "unavailable")
+            await redis.start()
+            await becomes(other, "/metrics", "chatproxy_store_available 1.0")
+            async with asyncio.timeout(TIMEOUT):
+                while "cmdstat_xrange" not in redis.do("INFO", "commandstats"):  # noqa: ASYNC110 -- nobody tells
+                    await asyncio.sleep(0.02)
+            assert (await other.client.head(url)).status_code == 503
+            link.go_on()
+            gate.open()
+            assert [event.data for event in await there.rest()] == ["b", DONE]
