@@ -5,6 +5,7 @@ As little work per read as Python can do; everything is looked at after the meas
 
 import asyncio
 import json
+import ssl
 from collections.abc import Callable, Iterator
 from math import ceil
 from time import monotonic
@@ -16,6 +17,7 @@ from tests.bench.script import (
     FRAME_END,
     Reader,
     check,
+    texts_of_resumable,
     texts_of_service,
     texts_of_ui_messages,
     texts_of_upstream,
@@ -36,6 +38,7 @@ FORMATS = {
     "plain": Format("/api/chat", lambda text: {"content": text}, {}, texts_of_service),
     "ui": Format("/api/chat", lambda text: {"parts": [{"type": "text", "text": text}]}, {}, texts_of_ui_messages),
     "openai": Format("/v1/chat/completions", lambda text: {"content": text}, {"stream": True}, texts_of_upstream),
+    "resumable": Format("/api/chat", lambda text: {"content": text}, {"resumable": True}, texts_of_resumable),
 }
 
 
@@ -61,10 +64,10 @@ class Caller(asyncio.Protocol):
         if not self.transport.is_closing() and not self.end.done():
             self.end.set_exception(ConnectionError(f"{self.target.name} hung up: {bytes(self.received[-300:])!r}"))
 
-    def play(self, tokens: int, rate: float = 0, start: float = 0) -> asyncio.Future[None]:
+    def play(self, tokens: int, rate: float = 0, start: float = 0, after: str = "") -> asyncio.Future[None]:
         """Ask for so many tokens; the future is done with the last. They are due as `upstream` describes it."""
         self.tokens, self.rate, self.start = tokens, rate, start
-        play = f"play {tokens} tokens, {rate:f} per second, from {start:f}"
+        play = f"play {tokens} tokens, {rate:f} per second, from {start:f}{after}"
         path, message, fields, _ = self.format
         return self.ask(f"POST {path}", json.dumps({"messages": [{"role": "user", **message(play)}], **fields}))
 
@@ -114,7 +117,10 @@ class Caller(asyncio.Protocol):
 async def connect(target: Target, format: str = "plain") -> Caller:
     """A caller with an open connection."""
     loop = asyncio.get_running_loop()
-    _, caller = await loop.create_connection(lambda: Caller(target, FORMATS[format]), "127.0.0.1", target.port)
+    context = ssl.create_default_context(cafile=target.authority) if target.authority else None
+    _, caller = await loop.create_connection(
+        lambda: Caller(target, FORMATS[format]), "127.0.0.1", target.port, ssl=context
+    )
     return caller
 
 
