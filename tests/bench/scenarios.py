@@ -48,10 +48,12 @@ async def exactness(target: Target) -> int:
     """Check whole answers, alone and many at once, slow and fast, on new and on used connections."""
     callers = [await connect(target) for _ in range(20)]
     total = 0
-    for tokens, rate in ((1, 0), (10, 0), (150, 300), (2000, 0)):
-        await asyncio.gather(*(caller.play(tokens, rate, monotonic()) for caller in callers))
-        total += sum(caller.check() for caller in callers)
-    leave(callers)
+    try:
+        for tokens, rate in ((1, 0), (10, 0), (150, 300), (2000, 0)):
+            await asyncio.gather(*(caller.play(tokens, rate, monotonic()) for caller in callers))
+            total += sum(caller.check() for caller in callers)
+    finally:
+        leave(callers)
     return total
 
 
