@@ -37,7 +37,7 @@ OPEN_FILES = 7000
 def main() -> None:
     """Parse the arguments and run."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=main.__doc__)
-    parser.add_argument("--quick", action="store_true", help="three minutes instead of eight, with more noise")
+    parser.add_argument("--quick", action="store_true", help="some five minutes instead of up to ten, with more noise")
     parser.add_argument("--only", action="append", choices=PLANS, metavar="SCENARIO", help=", ".join(PLANS))
     arguments = parser.parse_args()
     if sys.platform != "linux":
