@@ -69,31 +69,34 @@ async def bench(scenarios: list[str], quick: bool) -> None:
         print(f"{tokens:,} tokens checked, each as the script has it", flush=True)
 
         results: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-        for number in range(QUICK_ROUNDS if quick else ROUNDS):
-            for plan, name in product(plans, available):
-                if number >= plan.how_often(quick) or name not in plan.who(quick) or monotonic() - began > TOTAL:
-                    continue
-                values = await measured(plan, labs[plan.wire], name)
-                for value in values:
-                    results[plan.measure(value)][name].append(values[value])
-                gc.collect()
-            taken = monotonic() - began
-            print(f"round {number + 1} {'done' if taken <= TOTAL else 'cut off'} after {taken:.0f} s", file=sys.stderr)
-    print(tables(results))
+        try:
+            for number in range(QUICK_ROUNDS if quick else ROUNDS):
+                for plan, name in product(plans, available):
+                    if number >= plan.how_often(quick) or name not in plan.who(quick) or monotonic() - began > TOTAL:
+                        continue
+                    values = await measured(plan, labs[plan.wire], name)
+                    for value in values:
+                        results[plan.measure(value)][name].append(values[value])
+                    gc.collect()
+                taken = monotonic() - began
+                print(
+                    f"round {number + 1} {'done' if taken <= TOTAL else 'cut off'} after {taken:.0f} s", file=sys.stderr
+                )
+        finally:
+            print(tables(results))
 
 
 async def measured(plan: Plan, lab: Lab, name: str) -> Values:
-    """What a scenario gives for one proxy, if it is not stuck. A peer's wrong answer is told, and gives nothing."""
+    """What a scenario gives for one proxy. A peer that fails is told, and gives nothing; the service must not."""
     try:
         async with asyncio.timeout(EACH):
             return await plan.scenario(lab, name)
-    except (WrongAnswerError, ConnectionError) as error:
+    except (WrongAnswerError, OSError) as error:  # a TimeoutError is one, too
+        told = str(error) or f"it took more than {EACH:.0f} s"
         if name not in RAW:
-            raise
-        print(f"{plan.scenario.__name__} on {name} ({plan.wire}) does not count: {error}", flush=True)
+            raise RuntimeError(f"{plan.scenario.__name__} on {name} ({plan.wire}): {told}") from error
+        print(f"{plan.scenario.__name__} on {name} ({plan.wire}) does not count: {told}", flush=True)
         return {}
-    except TimeoutError as error:
-        raise TimeoutError(f"{plan.scenario.__name__} on {name} ({plan.wire}) took more than {EACH:.0f} s") from error
 
 
 def lab(wire: str, folder: Path, cores: Cores, quick: bool, stack: ExitStack) -> Lab:

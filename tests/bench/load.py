@@ -16,6 +16,7 @@ from tests.bench.script import (
     BODY_END,
     FRAME_END,
     Reader,
+    WrongAnswerError,
     check,
     texts_of_resumable,
     texts_of_service,
@@ -55,6 +56,8 @@ class Caller(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
+        if not self.received and not data.startswith(b"HTTP/1.1 200 ") and not self.end.done():
+            self.end.set_exception(WrongAnswerError(f"not an event stream: {data[:200]!r}"))
         self.received += data
         self.arrivals.append((monotonic(), len(self.received)))
         if self.received.endswith(BODY_END) and not self.end.done():
@@ -101,7 +104,10 @@ class Caller(asyncio.Protocol):
 
     async def begun(self) -> None:
         """Wait for the first token."""
-        while FRAME_END not in self.received:  # noqa: ASYNC110 -- an event would be work for every read
+        while FRAME_END not in self.received:
+            if self.end.done():
+                self.end.result()
+                raise WrongAnswerError("an answer without a token")
             await asyncio.sleep(0.002)
 
     def body(self) -> bytes:

@@ -15,7 +15,7 @@ import pytest
 from tests.bench import processes, proxies
 from tests.bench.__main__ import measured
 from tests.bench.distance import DELAY, bursts
-from tests.bench.load import connect
+from tests.bench.load import connect, leave
 from tests.bench.plan import Plan
 from tests.bench.processes import Target
 from tests.bench.replicas import elsewhere
@@ -97,17 +97,47 @@ async def test_wrong_proxy(tmp_path: Path) -> None:
 @linux
 @pytest.mark.anyio
 async def test_wrong_answer_while_measured(far_lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
-    """A peer's wrong answer is told and does not count; one of the service ends the run."""
+    """A peer that answers wrongly, or not, is told and does not count; the service ends the run so."""
 
     async def wrong(*_: object) -> Values:
         raise WrongAnswerError("the text differs")
 
+    async def silent(*_: object) -> Values:
+        raise TimeoutError
+
     plan = Plan(wrong)
+    assert await measured(Plan(silent), far_lab, "nginx") == {}
+    assert capsys.readouterr().out == "silent on nginx (plain) does not count: it took more than 90 s\n"
     assert await measured(plan, far_lab, "caddy") == {}
     assert capsys.readouterr().out == "wrong on caddy (plain) does not count: the text differs\n"
     for name in ("chatproxy", "httpx"):
-        with pytest.raises(WrongAnswerError):
+        with pytest.raises(RuntimeError, match=rf"wrong on {name} \(plain\): the text differs"):
             await measured(plan, far_lab, name)
+
+
+@linux
+@pytest.mark.anyio
+async def test_refusal_or_nothing() -> None:
+    """An answer that is none, or has no token, is found out at once and not waited for."""
+    left = asyncio.Event()
+    answers = [b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n", HEAD + b"0\r\n\r\n"]
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with closing(writer):
+            await reader.readuntil(b"}]}")
+            writer.write(answers.pop(0))
+            await reader.read()
+        left.set()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server, asyncio.timeout(10):
+        for error in ("not an event stream", "without a token"):
+            caller = await connect(Target("refusing", server.sockets[0].getsockname()[1], 0, raw=True))
+            caller.play(1)
+            with pytest.raises(WrongAnswerError, match=error):
+                await caller.begun()
+            leave([caller])
+            await left.wait()
+            left.clear()
 
 
 @pytest.fixture
