@@ -28,7 +28,7 @@ from tests.bench.scenarios import Lab, Values, exactness
 from tests.bench.script import WrongAnswerError
 
 # Seconds after which nothing more is begun, and that one scenario may take.
-TOTAL, EACH = 480.0, 90.0
+TOTAL, EACH = 480.0, 60.0
 
 # What 3,000 streams take: in a peer two each, and as many where TLS ends.
 OPEN_FILES = 7000
@@ -87,13 +87,16 @@ async def bench(scenarios: list[str], quick: bool) -> None:
 
 
 async def measured(plan: Plan, lab: Lab, name: str) -> Values:
-    """What a scenario gives for one proxy. A peer that fails is told, and gives nothing; the service must not."""
+    """What a scenario gives for one proxy. A peer that fails is told, and gives nothing; the service must not.
+
+    Where a machine is too busy, httpx's transport does not get enough of it for all streams to begin: that is told.
+    """
     try:
         async with asyncio.timeout(EACH):
             return await plan.scenario(lab, name)
     except (WrongAnswerError, OSError) as error:  # a TimeoutError is one, too
         told = str(error) or f"it took more than {EACH:.0f} s"
-        if name not in RAW:
+        if name not in RAW and not (name == "httpx" and isinstance(error, TimeoutError)):
             raise RuntimeError(f"{plan.scenario.__name__} on {name} ({plan.wire}): {told}") from error
         print(f"{plan.scenario.__name__} on {name} ({plan.wire}) does not count: {told}", flush=True)
         return {}
