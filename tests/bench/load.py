@@ -5,6 +5,7 @@ As little work per read as Python can do; everything is looked at after the meas
 
 import asyncio
 import json
+import ssl
 from collections.abc import Callable, Iterator
 from math import ceil
 from time import monotonic
@@ -15,7 +16,9 @@ from tests.bench.script import (
     BODY_END,
     FRAME_END,
     Reader,
+    WrongAnswerError,
     check,
+    texts_of_resumable,
     texts_of_service,
     texts_of_ui_messages,
     texts_of_upstream,
@@ -36,6 +39,7 @@ FORMATS = {
     "plain": Format("/api/chat", lambda text: {"content": text}, {}, texts_of_service),
     "ui": Format("/api/chat", lambda text: {"parts": [{"type": "text", "text": text}]}, {}, texts_of_ui_messages),
     "openai": Format("/v1/chat/completions", lambda text: {"content": text}, {"stream": True}, texts_of_upstream),
+    "resumable": Format("/api/chat", lambda text: {"content": text}, {"resumable": True}, texts_of_resumable),
 }
 
 
@@ -52,6 +56,8 @@ class Caller(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
+        if not self.received and not data.startswith(b"HTTP/1.1 200 ") and not self.end.done():
+            self.end.set_exception(WrongAnswerError(f"not an event stream: {data[:200]!r}"))
         self.received += data
         self.arrivals.append((monotonic(), len(self.received)))
         if self.received.endswith(BODY_END) and not self.end.done():
@@ -61,10 +67,10 @@ class Caller(asyncio.Protocol):
         if not self.transport.is_closing() and not self.end.done():
             self.end.set_exception(ConnectionError(f"{self.target.name} hung up: {bytes(self.received[-300:])!r}"))
 
-    def play(self, tokens: int, rate: float = 0, start: float = 0) -> asyncio.Future[None]:
+    def play(self, tokens: int, rate: float = 0, start: float = 0, after: str = "") -> asyncio.Future[None]:
         """Ask for so many tokens; the future is done with the last. They are due as `upstream` describes it."""
         self.tokens, self.rate, self.start = tokens, rate, start
-        play = f"play {tokens} tokens, {rate:f} per second, from {start:f}"
+        play = f"play {tokens} tokens, {rate:f} per second, from {start:f}{after}"
         path, message, fields, _ = self.format
         return self.ask(f"POST {path}", json.dumps({"messages": [{"role": "user", **message(play)}], **fields}))
 
@@ -98,7 +104,10 @@ class Caller(asyncio.Protocol):
 
     async def begun(self) -> None:
         """Wait for the first token."""
-        while FRAME_END not in self.received:  # noqa: ASYNC110 -- an event would be work for every read
+        while FRAME_END not in self.received:
+            if self.end.done():
+                self.end.result()
+                raise WrongAnswerError("an answer without a token")
             await asyncio.sleep(0.002)
 
     def body(self) -> bytes:
@@ -114,7 +123,10 @@ class Caller(asyncio.Protocol):
 async def connect(target: Target, format: str = "plain") -> Caller:
     """A caller with an open connection."""
     loop = asyncio.get_running_loop()
-    _, caller = await loop.create_connection(lambda: Caller(target, FORMATS[format]), "127.0.0.1", target.port)
+    context = ssl.create_default_context(cafile=target.authority) if target.authority else None
+    _, caller = await loop.create_connection(
+        lambda: Caller(target, FORMATS[format]), "127.0.0.1", target.port, ssl=context
+    )
     return caller
 
 

@@ -8,49 +8,17 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import clock_gettime_ns, monotonic, sleep
 
+import trustme
+
 ROOT = Path(__file__).parents[2]
 
-NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
-
-NGINX_CONFIG = """
-daemon off;
-master_process off;
-pid {folder}/nginx.pid;
-error_log {folder}/nginx.log;
-worker_rlimit_nofile 16384;
-events {{ worker_connections 8192; }}
-http {{
-    access_log off;
-    client_body_temp_path {folder}/body;
-    proxy_temp_path {folder}/proxy;
-    fastcgi_temp_path {folder}/fastcgi;
-    uwsgi_temp_path {folder}/uwsgi;
-    scgi_temp_path {folder}/scgi;
-    keepalive_requests 1000000;
-    upstream grok {{
-        server 127.0.0.1:{upstream};
-        keepalive 2048;
-        keepalive_requests 1000000;
-    }}
-    server {{
-        listen 127.0.0.1:{port} backlog=4096;
-        location / {{
-            proxy_pass http://grok/v1/chat/completions;
-            proxy_http_version 1.1;
-            proxy_set_header Connection "";
-            proxy_buffering off;
-            proxy_read_timeout 600s;
-        }}
-        location = /healthz {{ return 200; }}
-    }}
-}}
-"""
+REDIS = shutil.which("redis-server") or shutil.which("valkey-server")
 
 
 @dataclass(frozen=True)
@@ -77,6 +45,7 @@ class Target:
     pid: int
     raw: bool
     start_ms: float = 0.0
+    authority: Path | None = None  # the file of the one that its certificate is of, if it speaks TLS
 
     def cpu(self) -> float:
         """Seconds of CPU time used so far, user and system, all threads."""
@@ -89,10 +58,12 @@ class Target:
 
 
 @contextmanager
-def process(command: list[str], core: int, log: Path, env: Mapping[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """A child process on one core for the duration of the block; it may print, its complaints go to `log`."""
+def process(
+    command: list[str], cores: Collection[int], log: Path, env: Mapping[str, str]
+) -> Iterator[subprocess.Popen[str]]:
+    """A child process on these cores for the duration of the block; it may print, its complaints go to `log`."""
     own = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {core})
+    os.sched_setaffinity(0, cores)
     try:
         with log.open("a") as complaints:
             child = subprocess.Popen(  # noqa: S603 -- our own commands
@@ -118,55 +89,51 @@ def process(command: list[str], core: int, log: Path, env: Mapping[str, str]) ->
 def upstream(folder: Path, core: int) -> Iterator[Target]:
     """The scripted upstream."""
     command = [sys.executable, "-m", "tests.bench.upstream"]
-    with process(command, core, folder / "upstream.log", python()) as child:
+    with process(command, [core], folder / "upstream.log", python()) as child:
         assert child.stdout
         yield Target("direct", int(child.stdout.readline()), child.pid, raw=True)
 
 
 @contextmanager
-def proxy(name: str, upstream: Target, folder: Path, core: int) -> Iterator[Target]:
-    """A proxy in front of the upstream: nginx; chatproxy; the same on httpx's transport, or on the Responses API."""
-    port = free_port()
-    if name == "nginx" and NGINX:
-        config = folder / f"nginx-{port}.conf"
-        config.write_text(NGINX_CONFIG.format(folder=folder, upstream=upstream.port, port=port))
-        command, env = [NGINX, "-c", str(config)], dict(os.environ)
-    else:
-        command, env = [sys.executable, "-m", "chatproxy"], settings(port, upstream.port)
-        if name == "httpx":
-            env["GROK_TRANSPORT"] = "httpx"
-        if name == "responses":
-            env["GROK_API"] = "responses"
-    since = monotonic()
-    with process(command, core, folder / f"{name}.log", env) as child:
-        while not healthy(port):
-            if child.poll() is not None or monotonic() - since > 30:
-                raise RuntimeError(f"{name} did not start")
+def relay(upstream: Target, folder: Path, core: int, *, delay: float = 0.0, tls: bool = False) -> Iterator[Target]:
+    """The upstream behind TLS, or so many seconds away (in each direction)."""
+    command = [sys.executable, "-m", "tests.bench.relay", str(upstream.port), "--delay", str(delay)]
+    authority = upstream.authority
+    if tls:
+        authority, certificate = certificates(folder, upstream.port)
+        command += ["--certificate", str(certificate)]
+    with process(command, [core], folder / "relay.log", python()) as child:
+        assert child.stdout
+        yield Target("direct", int(child.stdout.readline()), child.pid, raw=True, authority=authority)
+
+
+def certificates(folder: Path, port: int) -> tuple[Path, Path]:
+    """The files of an authority of its own for what is at this port, and of a certificate from it, with its key."""
+    authority, certificate = folder / f"authority-{port}.pem", folder / f"certificate-{port}.pem"
+    made = trustme.CA()
+    made.cert_pem.write_to_path(authority)
+    made.issue_cert("127.0.0.1", "localhost").private_key_and_cert_chain_pem.write_to_path(certificate)
+    return authority, certificate
+
+
+@contextmanager
+def redis(folder: Path, core: int) -> Iterator[str]:
+    """The address of a Redis that keeps nothing on disk."""
+    assert REDIS
+    path = folder / "redis.sock"
+    command = [REDIS, "--port", "0", "--unixsocket", str(path), "--save", "", "--appendonly", "no", "--logfile", "none"]
+    with process(command, [core], folder / "redis.log", dict(os.environ)) as child:
+        since = monotonic()
+        while not path.is_socket():
+            if child.poll() is not None or monotonic() - since > 10:
+                raise RuntimeError("Redis did not start")
             sleep(0.002)
-        yield Target(name, port, child.pid, raw=name == "nginx", start_ms=(monotonic() - since) * 1000)
-
-
-def available() -> list[str]:
-    """The names of the proxies that can be started here, the yardstick first."""
-    return [*(["nginx"] if NGINX else []), "chatproxy", "httpx"]
+        yield f"unix://{path}"
 
 
 def python() -> dict[str, str]:
     """An environment with nothing in it but what finds the code; the developer's settings and .env stay out."""
     return {"PATH": os.environ.get("PATH", ""), "PYTHONPATH": str(ROOT)}
-
-
-def settings(port: int, upstream: int) -> dict[str, str]:
-    """The service's environment. As with nginx, no line is logged per request."""
-    return python() | {
-        "GROK_API_KEY": "bench",
-        "GROK_BASE_URL": f"http://127.0.0.1:{upstream}/v1",
-        "HOST": "127.0.0.1",
-        "PORT": str(port),
-        "MAX_STREAMS": "2000",
-        "LOG_LEVEL": "warning",
-        "DRAIN_TIMEOUT": "1",
-    }
 
 
 def free_port() -> int:
@@ -176,11 +143,12 @@ def free_port() -> int:
         return port
 
 
-def healthy(port: int) -> bool:
-    """Whether /healthz answers 200."""
+def status(port: int, path: str = "/healthz") -> int | None:
+    """The status of a GET, None while nobody listens."""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
-            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
-            return connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode())
+            line = connection.recv(1000)
     except ConnectionError:
-        return False
+        return None
+    return int(line[9:12]) if line.startswith(b"HTTP/1.1 ") else None

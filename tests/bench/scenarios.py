@@ -2,14 +2,16 @@
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from time import monotonic
+from typing import NamedTuple, Protocol
 
-from tests.bench.load import FORMATS, Caller, connect, leave
-from tests.bench.processes import Target
+from tests.bench.load import Caller, connect, leave
+from tests.bench.processes import Cores, Target
 from tests.bench.script import CHAT, FRAME_END, RESPONSES, check
 
 # More tokens than a scenario that ends by our leaving will ever see.
@@ -18,13 +20,23 @@ ENDLESS = 1_000_000
 Values = dict[str, float]
 
 
+class Fresh(Protocol):
+    """Starts a proxy of its own: its name, where it may run, and settings if it is the service."""
+
+    def __call__(
+        self, name: str, *, cores: Collection[int] = ..., **settings: str
+    ) -> AbstractContextManager[Target]: ...
+
+
 @dataclass(frozen=True)
 class Lab:
-    """What there is to measure with."""
+    """What there is to measure with, on one kind of connection to the upstream."""
 
     upstream: Target
     targets: dict[str, Target]
-    fresh: Callable[[str], AbstractContextManager[Target]]
+    fresh: Fresh
+    folder: Path
+    cores: Cores
     window: float  # seconds that a steady load is looked at
     few: int  # repetitions of what takes milliseconds
 
@@ -36,17 +48,17 @@ async def exactness(target: Target) -> int:
     """Check whole answers, alone and many at once, slow and fast, on new and on used connections."""
     callers = [await connect(target) for _ in range(20)]
     total = 0
-    for tokens, rate in ((1, 0), (10, 0), (150, 300), (2000, 0)):
-        await asyncio.gather(*(caller.play(tokens, rate, monotonic()) for caller in callers))
-        total += sum(caller.check() for caller in callers)
-    leave(callers)
+    try:
+        for tokens, rate in ((1, 0), (10, 0), (150, 300), (2000, 0)):
+            await asyncio.gather(*(caller.play(tokens, rate, monotonic()) for caller in callers))
+            total += sum(caller.check() for caller in callers)
+    finally:
+        leave(callers)
     return total
 
 
-async def steady(
-    target: Target, streams: int, rate: float, window: float, format: str = "plain"
-) -> tuple[float, float]:
-    """CPU microseconds per token, and by how many milliseconds the latest percent is late."""
+async def opened(target: Target, streams: int, rate: float, format: str = "plain") -> list[Caller]:
+    """So many endless streams of so many tokens a second, all begun, each with a time of its own."""
     begin, phase = monotonic() + 0.3 + streams / 1000, random.Random(streams)  # noqa: S311 -- the same for every proxy
     callers = []
     for _ in range(streams):
@@ -55,17 +67,32 @@ async def steady(
         callers.append(caller)
     for caller in callers:
         await caller.begun()
+    return callers
+
+
+class Steady(NamedTuple):
+    """What a steady load takes."""
+
+    cost: float  # microseconds of CPU per token
+    late: float  # milliseconds by which the latest percent of the tokens is late
+    resident: int  # bytes of memory while it runs
+
+
+async def steady(target: Target, streams: int, rate: float, window: float, format: str = "plain") -> Steady:
+    """Look at so many streams of so many tokens a second for a while, and check them."""
+    callers = await opened(target, streams, rate, format)
     await asyncio.sleep(0.3)
 
     before, since, seen = target.cpu(), monotonic(), count(callers)
     await asyncio.sleep(window)
     used, until, tokens = target.cpu() - before, monotonic(), count(callers) - seen
+    resident = target.resident()
     leave(callers)
 
     for caller in callers:
         caller.check()
     late = sorted(seconds for caller in callers for seconds in caller.lateness(since, until))
-    return used / tokens * 1e6, late[len(late) * 99 // 100] * 1e3
+    return Steady(used / tokens * 1e6, late[len(late) * 99 // 100] * 1e3, resident)
 
 
 def count(callers: list[Caller]) -> int:
@@ -75,19 +102,17 @@ def count(callers: list[Caller]) -> int:
 
 async def light(lab: Lab, name: str) -> Values:
     """10 streams of 50 tokens a second."""
-    cost, _ = await steady(lab.targets[name], 10, 50, lab.window)
-    return {"light": cost}
+    return {"light": (await steady(lab.targets[name], 10, 50, lab.window)).cost}
 
 
 async def paced(lab: Lab, name: str) -> Values:
     """100 streams of 50 tokens a second."""
-    cost, _ = await steady(lab.targets[name], 100, 50, lab.window)
-    return {"paced": cost}
+    return {"paced": (await steady(lab.targets[name], 100, 50, lab.window)).cost}
 
 
 async def thousand(lab: Lab, name: str) -> Values:
     """1,000 streams of 20 tokens a second: is a core enough?"""
-    cost, late = await steady(lab.targets[name], 1000, 20, lab.window)
+    cost, late, _ = await steady(lab.targets[name], 1000, 20, lab.window)
     return {"thousand": cost, "late": late}
 
 
@@ -109,8 +134,10 @@ async def flood_cost(target: Target, window: float) -> float:
 
 async def formats(lab: Lab, name: str) -> Values:
     """100 streams of 50 tokens a second in each format: by how much the others cost more than our own."""
-    costs = {format: (await steady(lab.targets[name], 100, 50, lab.window, format))[0] for format in FORMATS}
-    return {format: cost / costs["plain"] for format, cost in costs.items() if format != "plain"}
+    plain, ui, openai = [
+        (await steady(lab.targets[name], 100, 50, lab.window, format)).cost for format in ("plain", "ui", "openai")
+    ]
+    return {"ui": ui / plain, "openai": openai / plain}
 
 
 async def short(lab: Lab, name: str) -> Values:
@@ -125,6 +152,12 @@ async def busy(lab: Lab, name: str) -> Values:
 
 async def repeated(target: Target, connections: int, window: float) -> float:
     """CPU microseconds per answer of 10 tokens."""
+    used, answers = await repeating(target, connections, window)
+    return used / answers * 1e6
+
+
+async def repeating(target: Target, connections: int, window: float) -> tuple[float, int]:
+    """Answers of 10 tokens, one after the other on each connection: seconds of CPU, and how many there were."""
     callers = [await connect(target) for _ in range(connections)]
     await asyncio.gather(*(caller.play(10) for caller in callers))
     answers: list[bytearray] = []
@@ -140,7 +173,7 @@ async def repeated(target: Target, connections: int, window: float) -> float:
     leave(callers)
     for answer in set(map(bytes, answers)):
         check(answer, raw=target.raw, tokens=10)
-    return used / len(answers) * 1e6
+    return used, len(answers)
 
 
 async def first_token(lab: Lab, name: str) -> Values:
@@ -184,19 +217,19 @@ async def start(lab: Lab, name: str) -> Values:
         return {"start": target.start_ms}
 
 
+async def warm(target: Target) -> None:
+    """Give it a few answers."""
+    callers = [await connect(target) for _ in range(10)]
+    await asyncio.gather(*(caller.play(10) for caller in callers))
+    leave(callers)
+
+
 async def memory(lab: Lab, name: str) -> Values:
     """A new process after a few answers, and with 1,000 streams open of a token a second each."""
     with lab.fresh(name) as target:
-        callers = [await connect(target) for _ in range(10)]
-        await asyncio.gather(*(caller.play(10) for caller in callers))
-        leave(callers)
+        await warm(target)
         rest = target.resident()
-        callers, begin = [], monotonic() + 1
-        for number in range(1000):
-            callers.append(await connect(target))
-            callers[-1].play(ENDLESS, 1, begin + number / 1000)
-        for caller in callers:
-            await caller.begun()
+        callers = await opened(target, 1000, 1)
         await asyncio.sleep(1)
         grown = target.resident() - rest
         leave(callers)
@@ -210,22 +243,6 @@ async def apis(lab: Lab, name: str) -> Values:
     chat = lab.targets[name]
     with lab.fresh("responses") as target:
         await exactness(target)
-        paced = (await steady(target, 100, 50, lab.window))[0] / (await steady(chat, 100, 50, lab.window))[0]
+        paced = (await steady(target, 100, 50, lab.window)).cost / (await steady(chat, 100, 50, lab.window)).cost
         flooded = await flood_cost(target, lab.window) / await flood_cost(chat, lab.window)
     return {"apis": paced, "apis_flood": flooded, "apis_bytes": len(RESPONSES.round) / len(CHAT.round)}
-
-
-SCENARIOS: dict[str, Scenario] = {
-    "light": light,
-    "paced": paced,
-    "flood": flood,
-    "formats": formats,
-    "short": short,
-    "busy": busy,
-    "first": first_token,
-    "memory": memory,
-    "start": start,
-    "leave": leaving,
-    "thousand": thousand,
-    "apis": apis,
-}

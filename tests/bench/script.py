@@ -208,6 +208,16 @@ def texts_of_service(events: bytes) -> Iterator[str]:
         yield b"\n".join(line[6:] for line in lines).decode()
 
 
+def texts_of_resumable(events: bytes) -> Iterator[str]:
+    """The same where the events are numbered: from 0, which has no text, without a gap."""
+    for number, event in enumerate(filter(None, events.split(FRAME_END))):
+        data, _, identifier = event.rpartition(b"\nid: ")
+        if not identifier.endswith(b"-%d" % number):
+            raise WrongAnswerError(f"event {number} has the number {identifier[-40:]!r}")
+        if number:
+            yield from texts_of_service(data)
+
+
 def texts_of_ui_messages(events: bytes) -> Iterator[str]:
     """The text of each of a UI message stream's deltas, and the done marker."""
     for event in filter(None, events.split(FRAME_END)):

@@ -1,25 +1,21 @@
 """A bench that does not notice a wrong answer measures nothing."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from chatproxy.events import Done, Event, Finished, Started, TextDelta
 from chatproxy.formats.openai import Chunks
 from chatproxy.formats.ui_messages import UIMessages
-from tests.bench import processes
-from tests.bench.load import FORMATS
-from tests.bench.report import Limit, table
-from tests.bench.scenarios import exactness
+from tests.bench.load import FORMATS, Caller
+from tests.bench.plan import PROGRAMS, missing
+from tests.bench.processes import Target
+from tests.bench.replicas import behind
+from tests.bench.report import Limit, tables
 from tests.bench.script import HEAD, TAIL, TOKENS, WrongAnswerError, check, frames, piece
 
 COUNT = 2 * len(TOKENS) + 5
 ASKED = [TOKENS[number % len(TOKENS)] for number in range(COUNT)]
-
-linux = pytest.mark.skipif(sys.platform != "linux", reason="cores and CPU time are read as Linux has them")
 
 
 def served(*tokens: str) -> bytes:
@@ -98,6 +94,25 @@ def test_wrong_byte() -> None:
         check(RAW[:at] + b"R" + RAW[at + 1 :], raw=True, tokens=COUNT)
 
 
+def numbered(*numbers: int) -> bytes:
+    """An answer with numbered events: the first without a text, then the script's tokens."""
+    events = [f"retry: 2000\nid: stream-{numbers[0]}\n\n"]
+    texts = zip(ASKED, numbers[1:], strict=False)
+    events += ["data: " + text.replace("\n", "\ndata: ") + f"\nid: stream-{number}\n\n" for text, number in texts]
+    return HEAD + b"".join(piece(event.encode()) for event in events)
+
+
+@pytest.mark.parametrize("numbers", [[0, 1, 2, 4], [0, 1, 2, 2], [1, 2, 3], [0, 11, 2]], ids=repr)
+def test_wrong_numbers(numbers: list[int]) -> None:
+    """Numbered events are right without a gap, a repetition or another beginning only."""
+    read = FORMATS["resumable"].read
+    assert check(numbered(*range(8)), raw=False, read=read) == 7
+    with pytest.raises(WrongAnswerError, match="has the number"):
+        check(numbered(*numbers), raw=False, read=read)
+    with pytest.raises(WrongAnswerError, match="differs"):
+        check(numbered(*range(8)).replace(b"relay", b"Relay"), raw=False, read=read)
+
+
 @pytest.mark.parametrize("raw", [True, False], ids=["raw", "served"])
 def test_cut_answers(raw: bool) -> None:
     """An answer that the bench cut off itself is right as far as it goes, wherever that is."""
@@ -120,38 +135,64 @@ def test_limits() -> None:
 
 def test_table() -> None:
     """Medians with their spread, and the ratios of the medians."""
-    row = table({"flood": {"nginx": [1, 0.5, 0.4], "chatproxy": [5, 6, 40], "httpx": [60, 60, 50]}}).splitlines()[2]
-    assert [cell.strip() for cell in row.split("|")[2:-1]] == [
+    measured: dict[str, list[float]] = {
+        "nginx": [1, 0.5, 0.4],
+        "caddy": [1.0],
+        "chatproxy": [5, 6, 40],
+        "httpx": [60, 60, 50],
+    }
+    head, _, row = cells(tables({"flood": measured}))
+    assert head == ["", "nginx", "Caddy", "chatproxy", "on httpx", "x nginx", "x Caddy", "x httpx", "target"]
+    assert row == [
+        "CPU per token, flood (µs)",
         "0.5 (0.4-1.0)",
+        "1.0 (1.0-1.0)",
         "6.0 (5.0-40.0)",
         "60.0 (50.0-60.0)",
         "12.00",
+        "6.00",
         "0.10",
         "≤ 8 x nginx (MISSED)",
     ]
 
 
-@linux
-@pytest.mark.anyio
-async def test_upstream_and_load(tmp_path: Path) -> None:
-    """The scripted upstream plays the script, and the load sees all of it."""
-    with processes.upstream(tmp_path, processes.cores().upstream) as upstream:
-        assert await exactness(upstream) > 10_000
-        assert upstream.cpu() > 0
-        assert upstream.resident() > 2**20
+def cells(text: str) -> list[list[str]]:
+    """The rows of all tables in a text."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
 
 
-@linux
-def test_run() -> None:
-    """The command runs: every proxy passes the check, on both transports, and is measured."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.bench", "--quick", "--only", "start"],
-        cwd=processes.ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert re.search(r"^[\d,]+ tokens checked", done.stdout, re.MULTILINE)
-    assert re.search(
-        r"^\| start to the first 200 on /healthz \(ms\) +\|.*\| ≤ 500 \(\w+\) +\|$", done.stdout, re.MULTILINE
-    )
+def test_table_without_peers() -> None:
+    """Who was not measured has no column, and gives nothing to judge by."""
+    head, _, row = cells(tables({"flood": {"chatproxy": [5]}}))
+    assert head == ["", "chatproxy", "target"]
+    assert row == ["CPU per token, flood (µs)", "5.0 (5.0-5.0)", "≤ 8 x nginx (not judged)"]
+
+
+def test_tables_in_order() -> None:
+    """What is over TLS comes first, and plain TCP is named as such."""
+    told = tables({measure: {"chatproxy": [1]} for measure in ("paced", "far_burst_1_p50", "tls_paced")})
+    assert re.findall(r"^\*\*(.*)\*\*$", told, re.MULTILINE) == [
+        "Over TLS to Grok",
+        "Over plain TCP to a Grok 80 ms away, after a pause",
+        "Over plain TCP to Grok",
+    ]
+    with pytest.raises(ValueError, match="in no table: unheard_of"):
+        tables({"unheard_of": {"chatproxy": [1]}})
+
+
+def test_missing_programs() -> None:
+    """Each program that is not installed is named, with what cannot be measured without it."""
+    assert missing({"nginx": None, "caddy": "/usr/bin/caddy", "redis-server": None}) == [
+        "nginx is not installed: no figures beside it, no processes",
+        "redis-server is not installed: no replicas",
+    ]
+    assert missing(dict.fromkeys(PROGRAMS, "/here")) == []
+
+
+def test_behind() -> None:
+    """An event's delay elsewhere is that to its own arrival here, and those from before are left out."""
+    here, there = [Caller(Target("", 0, 0, raw=False), FORMATS["resumable"]) for _ in range(2)]
+    here.received = there.received = bytearray(b"a\n\nb\n\nc\n\nd\n\n")
+    here.arrivals = [(1.0, 3), (2.0, 6), (3.0, 9), (4.0, 12)]
+    there.arrivals = [(1.5, 4), (3.25, 11)]
+    assert behind(here, there, since=1.5) == [1.25, 0.25]

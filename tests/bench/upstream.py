@@ -2,7 +2,8 @@
 
 It plays what the last message of the chat asks for, "play 500 tokens, 50 per second, from 1234.5": seconds of the
 machine's monotonic clock, so that who asked knows when each token was due. What was due before it was asked for is
-begun at once, and a rate of 0 is as fast as it is taken. `GET /hang-up` is answered when a stream is next hung up on,
+begun at once, and a rate of 0 is as fast as it is taken. With ", and close" after it, the connection is closed a while
+after the answer, as servers do with those that are idle. `GET /hang-up` is answered when a stream is next hung up on,
 with the time of that.
 """
 
@@ -17,10 +18,13 @@ import uvloop
 
 from tests.bench.script import CHAT, HEAD, RESPONSES, frames, piece
 
-PLAY = re.compile(rb"play (\d+) tokens, ([\d.]+) per second, from ([\d.]+)")
+PLAY = re.compile(rb"play (\d+) tokens, ([\d.]+) per second, from ([\d.]+)(, and close)?")
 
 # How many tokens of a stream without a rate are written at once.
 BURST = 100
+
+# Seconds after an answer until a connection is closed, where that is asked for.
+IDLE = 0.3
 
 
 def respond(body: bytes) -> bytes:
@@ -42,6 +46,7 @@ class Upstream(asyncio.Protocol):
         self.interval = 0.0
         self.start = 0.0
         self.paused = False
+        self.closes = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -66,6 +71,7 @@ class Upstream(asyncio.Protocol):
             rate = float(asked[2])
             self.played, self.tokens = 0, int(asked[1])
             self.interval, self.start = 1 / rate if rate else 0.0, float(asked[3])
+            self.closes = asked[4] is not None
             if not self.interval:
                 self.pour()
             else:
@@ -85,6 +91,8 @@ class Upstream(asyncio.Protocol):
         data = frames(self.played, count, self.wire)
         self.played += count
         self.transport.write(head + data + (self.wire.tail(self.tokens) if self.played == self.tokens else b""))
+        if self.closes and self.played == self.tokens:
+            asyncio.get_running_loop().call_later(IDLE, self.transport.close)
 
     def pour(self) -> None:
         """Write tokens until there are no more, or the reader has enough."""
