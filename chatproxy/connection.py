@@ -23,6 +23,9 @@ class HTTPProtocol(HttpToolsProtocol):
     transports: set[asyncio.Transport] = set()  # noqa: RUF012 -- of the class, not of a connection
     """The open connections."""
 
+    # Not in the instance's dictionary: with more than 30 names in it, each connection would have a table of its own.
+    __slots__ = ("head_timer", "in_head", "recent", "spare_bytes")
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in uvicorn
         super().connection_made(transport)
         if self.client is not None:  # on HOST=:: an IPv4 client has an address that rules for IPv4 do not know

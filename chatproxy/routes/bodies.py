@@ -3,7 +3,6 @@
 import asyncio
 import re
 
-import anyio
 from starlette.requests import ClientDisconnect, Request
 
 from chatproxy.errors import BodyTimeout, BodyTooLarge, InvalidRequest, UnsupportedMediaType
@@ -41,7 +40,7 @@ async def read_body(request: Request[AppState], hold: BodyHold) -> bytes:
     pieces: list[bytes] = []
     size = 0
     try:
-        with anyio.fail_after(request.state["timing"].body_timeout):
+        async with asyncio.timeout(request.state["timing"].body_timeout):
             async for piece in request.stream():
                 size += len(piece)
                 hold.grow(len(piece))

@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import logging
 import secrets
+from functools import lru_cache
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Protocol
 
@@ -144,8 +145,13 @@ def _digest(secret: str) -> str:
 
 def client_key(address: str) -> str:
     """What limits count an address by. Whatever is no address is one and the same."""
+    return _client_key(address[:MAX_ADDRESS])
+
+
+@lru_cache(256)
+def _client_key(address: str) -> str:
     try:
-        ip = ip_address(address[:MAX_ADDRESS])
+        ip = ip_address(address)
     except ValueError:
         return "unknown"
     if not isinstance(ip, IPv6Address):
