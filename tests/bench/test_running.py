@@ -75,7 +75,7 @@ async def test_distance(upstream: Target, tmp_path: Path) -> None:
 
 @linux
 @pytest.mark.anyio
-async def test_wrong_proxy(tmp_path: Path) -> None:
+async def test_proxy_that_fails(tmp_path: Path) -> None:
     """A proxy that changes a letter is found out, behind TLS too."""
     wrong = HEAD + frames(0, 1).replace(b'"A"', b'"a"') + TAIL
 
