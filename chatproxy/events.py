@@ -7,7 +7,6 @@ event stream and nobody's JSON.
 import re
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Annotated, Literal
 
 from msgspec import Meta, Raw, Struct
@@ -178,10 +177,15 @@ class StreamSummary:
         """Note the end and tell whoever waits for it. Only the first call counts."""
         if self.end is None:
             self.end, self.code = end, code
-            callbacks, self.on_end = self.on_end, []
-            with ExitStack() as stack:  # calls each, also if one of them raises: others give back what is counted
-                for callback in reversed(callbacks):
-                    stack.callback(callback, self)
+            self._call_next()
+
+    def _call_next(self) -> None:
+        try:
+            while self.on_end:
+                self.on_end.pop(0)(self)
+        finally:
+            if self.on_end:  # one has raised: the others give back what is counted all the same
+                self._call_next()
 
     def fields(self) -> dict[str, object]:
         """The fields of the log line."""

@@ -98,7 +98,7 @@ class RequestLogMiddleware:
             self._log(scope, context)
 
     def _log(self, scope: Scope, context: RequestContext) -> None:
-        route = scope["route"].path if "route" in scope else "-"
+        route = scope["route"].path_format if "route" in scope else "-"
         fields: dict[str, object] = {
             "request_id": context.request_id,
             "client": context.client or _client_address(scope),

@@ -98,8 +98,9 @@ class Plain:
         frames: list[bytes] = []
         for event in events:
             match event:
-                case TextDelta(text=text):
-                    frames += [frame(data, None) for data in self._text.feed(text)]
+                case TextDelta():
+                    for data in self._text.feed(event.text):
+                        frames.append(frame(data, None))
                 case ReasoningDelta() if "reasoning" in self._include:
                     frames += [frame(data, "reasoning") for data in self._reasoning.feed(event.text)]
                 case ToolCall() if "tools" in self._include:

@@ -40,7 +40,7 @@ def routes(settings: Settings) -> list[Route]:
         Route("/api/chat/{id}", stop, methods=["DELETE"]),
         Route("/v1/chat/completions", Endpoint(openai.completions), methods=["POST"]),
         Route("/v1/models", openai.models),
-        Route("/v1/models/{id}", openai.model),
+        Route("/v1/models/{id:path}", openai.model),
         Route("/healthz", operations.healthz),
         Route("/readyz", operations.readyz),
         Route("/metrics", operations.metrics),

@@ -9,7 +9,7 @@ from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
-from chatproxy.errors import InvalidLastEventID, ModelNotFound
+from chatproxy.errors import InvalidLastEventID, ModelNotFound, NotFound
 from chatproxy.formats.openai import decode_request
 from chatproxy.routes.answers import answer
 from chatproxy.routes.bodies import authenticate
@@ -55,7 +55,10 @@ async def models(request: Request[AppState]) -> Response:
 async def model(request: Request[AppState]) -> Response:
     """Describe the model."""
     known = await _model(request)
-    if request.path_params["id"] != known.id:
+    asked = request.path_params["id"]
+    if not asked:
+        raise NotFound
+    if asked != known.id:
         raise ModelNotFound
     return JSONResponse(known)
 

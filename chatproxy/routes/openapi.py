@@ -292,7 +292,7 @@ def describe(routes: Iterable[tuple[str, str, str]], root_path: str) -> Object:
 async def openapi(request: Request[AppState]) -> Response:
     """Describe this service."""
     listed = [
-        (method, route.path, route.endpoint.__doc__.splitlines()[0])
+        (method, route.path_format, route.endpoint.__doc__.splitlines()[0])
         for route in request.app.routes
         for method in sorted(route.methods - {"HEAD"})
     ]

@@ -581,6 +581,17 @@ async def test_models(grok: Upstream) -> None:
     assert grok.calls == []
 
 
+async def test_model_with_a_slash(grok: Upstream) -> None:
+    """Models of other providers have such names; some SDKs encode the slash, others do not."""
+    async with serving(grok.url, grok_model="x-ai/grok-4") as service:
+        for path in ("/v1/models/x-ai/grok-4", "/v1/models/x-ai%2Fgrok-4"):
+            assert (await service.client.get(path)).json()["id"] == "x-ai/grok-4"
+        other = await service.client.get("/v1/models/x-ai/grok-3")
+        assert (other.status_code, refusal(other)["code"]) == (404, "model_not_found")
+        metrics = (await service.client.get("/metrics")).text
+        assert 'chatproxy_requests_total{route="/v1/models/{id}",status="200"} 2.0' in metrics
+
+
 async def test_models_want_the_token(grok: Upstream) -> None:
     """Where tokens are set, the list wants one: that is how some programs test what they were given."""
     async with serving(grok.url, access_tokens="t" * 16) as service:

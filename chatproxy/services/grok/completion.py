@@ -185,6 +185,7 @@ class Completion(CancellableWait):
             finally:
                 self._waiting_since = None
             await self._close()
+            self._decoder = self._make_decoder()
             # Exponential with jitter: at most half a second first, and four in the end.
             jitter = self._grok.timing.retry_jitter
             wait = after + 0.05 if after is not None else jitter(0.1, 0.5) * 2 ** min(attempt, 3)
@@ -201,7 +202,6 @@ class Completion(CancellableWait):
         grok = self._grok
         if (wait := grok.rate_limited_until - self._loop.time()) > 0:
             raise UpstreamRateLimited(retry_after=math.ceil(wait))
-        self._decoder = self._make_decoder()
         assert self._content is not None
         try:
             response = await grok.send(self._content, self._headers)

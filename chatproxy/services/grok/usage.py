@@ -32,6 +32,7 @@ class _ResponsesUsage(Struct):
 
 
 _NONE = _Details()
+_UNKNOWN = Usage()
 _decode_chat = msgspec.json.Decoder(_ChatUsage | None).decode
 _decode_responses = msgspec.json.Decoder(_ResponsesUsage | None).decode
 
@@ -47,11 +48,13 @@ def readable(usage: Raw) -> Raw:
 
 def count_chat(usage: Raw) -> Usage:
     """The tokens in a usage of Chat Completions; nothing where it cannot be read, for the answer counts without."""
+    if not usage:
+        return _UNKNOWN
     found: _ChatUsage | None = None
     with suppress(ValueError):
         found = _decode_chat(usage)
     if found is None:
-        return Usage()
+        return _UNKNOWN
     reasoning = (found.completion_tokens_details or _NONE).reasoning_tokens
     cached = (found.prompt_tokens_details or _NONE).cached_tokens
     return Usage(found.prompt_tokens, found.completion_tokens, reasoning, cached)
@@ -59,11 +62,13 @@ def count_chat(usage: Raw) -> Usage:
 
 def count_responses(usage: Raw) -> Usage:
     """The same for the Responses API, where the reasoning is part of the output."""
+    if not usage:
+        return _UNKNOWN
     found: _ResponsesUsage | None = None
     with suppress(ValueError):
         found = _decode_responses(usage)
     if found is None:
-        return Usage()
+        return _UNKNOWN
     reasoning = (found.output_tokens_details or _NONE).reasoning_tokens
     cached = (found.input_tokens_details or _NONE).cached_tokens
     completion = None if found.output_tokens is None else max(0, found.output_tokens - (reasoning or 0))
