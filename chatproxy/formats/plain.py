@@ -99,8 +99,7 @@ class Plain:
         for event in events:
             match event:
                 case TextDelta():
-                    for data in self._text.feed(event.text):
-                        frames.append(frame(data, None))
+                    frames += [frame(data, None) for data in self._text.feed(event.text)]
                 case ReasoningDelta() if "reasoning" in self._include:
                     frames += [frame(data, "reasoning") for data in self._reasoning.feed(event.text)]
                 case ToolCall() if "tools" in self._include:

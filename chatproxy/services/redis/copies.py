@@ -10,6 +10,7 @@ import math
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, Literal
 
+import anyio
 import msgspec
 from redis.exceptions import RedisError
 
@@ -32,6 +33,7 @@ MAX_ENTRY = 32_768
 # Seconds. Without a status an answer is soon forgotten by whoever does not hear of it any more.
 ASKING_TTL = 30.0
 MARGIN = 60.0
+PAUSE = 0.002  # between two pipelines: one costs more than a frame in it, and what comes meanwhile goes together
 WRITE_TIMEOUT = 2 * PIPELINE_TIMEOUT + 1  # for a pipeline that waits for the one before it
 
 State = Literal["asking", "running", "ended"]
@@ -154,12 +156,15 @@ class RedisStore:
                     await self._find_positions()
                 ids, self._dirty = list(self._dirty), set()
                 writes = [(id, write) for id in ids if (write := self._next_write(id)) is not None]
+                if not writes:
+                    continue
                 replies = await self._commands.execute(*(write.command for _, write in writes), within=WRITE_TIMEOUT)
             except StoreUnavailable:
                 self._in_doubt = True
                 return
             for (id, write), reply in zip(writes, replies, strict=True):
                 self._confirm(id, write, reply)
+            await anyio.sleep(PAUSE)
 
     def _next_write(self, id: str) -> Write | None:
         copy = self._copies.get(id)
