@@ -59,6 +59,7 @@ PLANS = {
     "length": Plan(growth.length, TLS, names=OURS),
     "many": Plan(growth.many, TLS, names=OURS, rounds=1, quick_rounds=1),
     "replicas": Plan(replicas.elsewhere, names=OURS, needs="redis-server"),
+    "shared": Plan(replicas.shared, names=OURS, needs="redis-server"),
     "processes": Plan(replicas.throughput, names=OURS, rounds=2, quick_rounds=1, needs="nginx"),
     "light": Plan(scenarios.light),
     "paced": Plan(scenarios.paced),

@@ -90,6 +90,11 @@ SECTIONS = {
     "Several processes (they share all cores with upstream and load), over plain TCP to Grok": {
         "replica_p50": Row("an event at another replica, later than at its own, p50", "ms", (Limit("≤ 3", plus=3),)),
         "replica_p99": Row("the same, p99", "ms"),
+        "shared_cost": Row("CPU per token at its owner, 300 answers read there and twice elsewhere", "x without Redis"),
+        "shared_commands": Row("commands that Redis runs per token, those in scripts included", ""),
+        "shared_memory": Row("memory in Redis per answer, while it is running", "KiB"),
+        "shared_connections": Row("connections to Redis per replica", "", (Limit("≤ 2", plus=2),)),
+        "shared_slow": Row("commands that took Redis more than 10 ms", "", (Limit("none"),)),
         "tokens_1": Row("flood through nginx, 1 process", "1,000 tokens/s"),
         "tokens_2": Row("the same, 2 processes", "x 1 process"),
         "tokens_3": Row("the same, 3 processes", "x 1 process"),

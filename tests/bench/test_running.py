@@ -12,13 +12,12 @@ from time import monotonic
 
 import pytest
 
-from tests.bench import processes, proxies
+from tests.bench import processes, proxies, replicas
 from tests.bench.__main__ import measured
 from tests.bench.distance import DELAY, bursts
 from tests.bench.load import connect, leave
 from tests.bench.plan import Plan
 from tests.bench.processes import Target
-from tests.bench.replicas import elsewhere
 from tests.bench.scenarios import Lab, Values, exactness
 from tests.bench.script import HEAD, TAIL, WrongAnswerError, frames
 from tests.bench.test_bench import cells
@@ -166,8 +165,21 @@ async def test_handshakes_seen(far_lab: Lab) -> None:
 @pytest.mark.skipif(not processes.REDIS, reason="no Redis is installed")
 async def test_elsewhere(far_lab: Lab) -> None:
     """A reader at another replica is later than one at the answer's own, and has the same text."""
-    values = await elsewhere(far_lab, "chatproxy")
+    values = await replicas.elsewhere(far_lab, "chatproxy")
     assert 0 < values["replica_p50"] <= values["replica_p99"]
+
+
+@linux
+@pytest.mark.anyio
+@pytest.mark.skipif(not processes.REDIS, reason="no Redis is installed")
+async def test_shared(far_lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What replicas take of Redis is seen: each token is written to it, over two connections of each."""
+    monkeypatch.setattr(replicas, "SHARED", 10)
+    values = await replicas.shared(far_lab, "chatproxy")
+    assert values["shared_commands"] >= 1
+    assert values["shared_memory"] > 0.5
+    assert values["shared_connections"] == 2
+    assert values["shared_cost"] > 1
 
 
 @linux

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import anyio
+from hiredis import pack_command
 from redis.asyncio import Connection, SSLConnection, UnixDomainSocketConnection
 from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
@@ -40,7 +41,6 @@ CONNECT_TIMEOUT = 1.0
 REQUEST_TIMEOUT = 0.5  # that a client waits for one reply
 PIPELINE_TIMEOUT = 2.0  # for all replies of a pipeline; then the connection counts as lost
 RECONNECT_INTERVAL = 0.5
-SETTLE_TIME = 3.0  # after Redis has lost its memory: until all replicas have written again what they have
 
 OLDEST = (6, 2)
 
@@ -80,9 +80,9 @@ class _Call:
 
 
 class Commands:
-    """Sends commands to Redis. `run` it in a task. `short_outage`: seconds in which nobody's lease runs out."""
+    """Sends commands to Redis. `run` it in a task. `lease`: seconds after which a silent replica counts as dead."""
 
-    def __init__(self, url: str, short_outage: float) -> None:
+    def __init__(self, url: str, lease: float) -> None:
         self.seen = False  # it has been there once
         self.available = False
         self.server = b""  # the run id of the server; another one has another memory
@@ -92,14 +92,14 @@ class Commands:
         self._replaced_at = -math.inf  # when it was last found to have another memory than before
         self.on_connect: list[Callable[[bool], None]] = []  # told whether it is another server than before
         self._url = url
-        self._short_outage = short_outage
+        self._lease = lease
         self._tried = False
         self._waiting: list[_Call] = []
         self._wake = asyncio.Event()
 
     def settling(self) -> bool:
         """Whether Redis may not know yet what it lost just now: who finds nothing there has to ask again."""
-        return asyncio.get_running_loop().time() - self._replaced_at < SETTLE_TIME
+        return asyncio.get_running_loop().time() - self._replaced_at < self._lease
 
     async def execute(self, *commands: Command, within: float = REQUEST_TIMEOUT) -> list[Reply]:
         """The replies, in order. Raises StoreUnavailable if they do not come: then nobody knows what has been done."""
@@ -164,7 +164,7 @@ class Commands:
         replaced = other and self.seen
         self.server, self.seen, self._tried, self.available = server, True, True, True
         self.connected_at = asyncio.get_running_loop().time()
-        if other or self.connected_at - self.lost_at > self._short_outage:
+        if other or self.connected_at - self.lost_at > self._lease / 3:  # no lease has run out in less
             self.reached_at = self.connected_at
         if replaced:
             self._replaced_at = self.connected_at
@@ -221,12 +221,12 @@ def _with_text(command: Command) -> Command:
 
 async def _exchange(connection: Connection | UnixDomainSocketConnection, commands: Iterable[Command]) -> list[Reply]:
     """Send them at once, and read as many replies. Raises what makes the connection useless."""
-    packed = list(commands)
-    await connection.send_packed_command(connection.pack_commands(packed), check_health=False)
+    packed = [pack_command(command) for command in commands]  # at a tenth of what redis-py's own takes
+    await connection.send_packed_command(b"".join(packed), check_health=False)
     replies: list[Reply] = []
     for _ in packed:
-        try:
-            replies.append(await connection.read_response(disconnect_on_error=False))
+        try:  # without a timeout for each of them: there is one for all
+            replies.append(await connection.read_response(disconnect_on_error=False, timeout=math.inf))
         except _AWAY:
             raise
         except ResponseError as error:

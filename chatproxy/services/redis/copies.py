@@ -64,6 +64,7 @@ class Write(msgspec.Struct):
     entry: Entry
     state: State
     renews: bool
+    more: bool  # there is more than fits into one entry
 
 
 class RedisStore:
@@ -177,8 +178,9 @@ class RedisStore:
         except StreamNotFound:  # dropped to make room for others, before it was copied
             dropped, end, frames = copy.copied, copy.copied, []
         entry = Entry(max(copy.copied, dropped) + 1, frames)
-        if entry.first + len(frames) <= end or not (copy.last or copy.closed):
-            return self._write(copy, entry, "running", dropped)
+        more = entry.first + len(frames) <= end
+        if more or not (copy.last or copy.closed):
+            return self._write(copy, entry, "running", dropped, more=more)
         summary = copy.stream.summary
         entry.end, entry.code = summary.end or "left", summary.code
         if not copy.last or id not in self._memory:
@@ -187,7 +189,7 @@ class RedisStore:
             entry.end, entry.code, entry.by_proxy = "failed", error.code, True
         return self._write(copy, entry, "ended", dropped)
 
-    def _write(self, copy: Copy, entry: Entry, state: State, dropped: int) -> Write | None:
+    def _write(self, copy: Copy, entry: Entry, state: State, dropped: int, *, more: bool = False) -> Write | None:
         now = self._loop.time()
         renews = state != copy.state or copy.gone or now >= copy.renew_at
         if not (entry.frames or renews or dropped > copy.trimmed):
@@ -205,7 +207,7 @@ class RedisStore:
             *(content if len(content) <= 2 * MAX_ENTRY else b"", math.ceil(ttl * 1000) if renews else 0, trim),
             *(copy.fields if copy.gone else ()),
         )
-        return Write(command, entry, state, renews)
+        return Write(command, entry, state, renews, more)
 
     def _confirm(self, id: str, write: Write, reply: Reply) -> None:
         copy = self._copies.get(id)
@@ -224,7 +226,8 @@ class RedisStore:
             copy.copied = max(copy.copied, write.entry.first + len(write.entry.frames) - 1)
         if reply:  # somebody elsewhere reads along
             copy.stream.read = max(copy.stream.read, copy.copied)
-        self._mark(id)  # there may be more
+        if write.more:
+            self._mark(id)
 
     def _disown(self, id: str) -> None:
         log.warning("an answer has been ended by another replica, or its copy is gone", extra={"stream": id[:6]})
