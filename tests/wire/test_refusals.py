@@ -12,6 +12,7 @@ import httpx
 import pytest
 from _pytest.mark import ParameterSet
 
+from chatproxy.config.timing import Timing
 from tests.conftest import KEY, TIMEOUT, InProcessService, from_recordings, refusal, serving
 from tests.readers import answer
 from tests.upstream import (
@@ -292,12 +293,13 @@ async def test_no_tls() -> None:
     assert b"canary-prompt" not in heard
 
 
-async def test_error_body_without_end(grok: Upstream, service: InProcessService) -> None:
+async def test_error_body_without_end(grok: Upstream) -> None:
     """An error is told even if its body never ends."""
     body: list[Step] = [head(503, {"Content-Type": "application/json", "Content-Length": "10"}), b'{"code', HANG]
     grok.set_scripts(body)
-    assert told(await service.ask()) == overloaded(1)
-    await grok.calls[0].hung_up()
+    async with serving(grok.url, Timing(error_timeout=0.5), grok_retries=0) as service:
+        assert told(await service.ask()) == overloaded(1)
+        await grok.calls[0].hung_up()
 
 
 async def test_large_error_body(grok: Upstream, service: InProcessService) -> None:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture(scope="module")
 async def service(grok: Upstream) -> AsyncIterator[InProcessService]:
-    async with serving(grok.url, keep_alive=0.2) as service:
+    async with serving(grok.url, keep_alive=0.2, drain_timeout=0.2) as service:
         yield service
 
 

@@ -588,6 +588,7 @@ async def test_same_key_same_message(grok: Upstream, service: InProcessService) 
     assert (native.status_code, refusal(native)["param"]) == (422, "Idempotency-Key")
 
 
+@pytest.mark.slow
 async def test_cut_anywhere(grok: Upstream) -> None:
     """Wherever the connection is cut, the page that comes back gets the exact text; Grok is asked once for each."""
     deltas = ["a\r", "\n[DONE]", " \u2028", "\r"]
