@@ -7,6 +7,7 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Awaitable
 from functools import lru_cache
 from ipaddress import ip_address
 from urllib.parse import urlsplit
@@ -73,11 +74,11 @@ class RequestLogMiddleware:
         # Some servers have no state, and others share one among requests.
         scope["state"] = {**scope.get("state", {}), "context": context}
 
-        async def send_with_headers(message: Message) -> None:
+        def send_with_headers(message: Message) -> Awaitable[None]:  # not a coroutine of its own for each event
             if message["type"] == "http.response.start":
                 context.status = message["status"]
                 message["headers"] = [*message["headers"], *context.headers]
-            await send(message)
+            return send(message)
 
         self._lifecycle.requests += 1
         try:

@@ -15,7 +15,7 @@ from chatproxy.errors import Draining, InvalidRequest, TooManyMessages
 from chatproxy.events import StreamSummary
 from chatproxy.formats import Asked, MakeFormat
 from chatproxy.routes.bodies import authenticate, idempotency_key, read_body, require_json, traceparent
-from chatproxy.routes.responses import DisconnectListener, EventSourceResponse, JSONResponse
+from chatproxy.routes.responses import EventSourceResponse, JSONResponse, while_connected
 from chatproxy.routes.state import AppState
 from chatproxy.routes.streams import stream_headers, stream_url
 from chatproxy.services.access import Caller
@@ -163,8 +163,7 @@ async def _resumable(
     state["context"].summary = stream.summary
     if as_address:
         url = stream_url(request, stream)
-        with DisconnectListener(request.receive):
-            await streams.wait_for_status(stream, caller)
+        await while_connected(request.receive, streams.wait_for_status(stream, caller))
         return JSONResponse(Created(stream.id, url), 201, {**headers, "Location": url})
     return EventSourceResponse(
         streams.follow(stream, caller),

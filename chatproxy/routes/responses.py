@@ -6,9 +6,9 @@ Does not know what an event means, nor where events come from.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
-from typing import Protocol
+from collections.abc import AsyncGenerator, Coroutine, Mapping
+from contextlib import aclosing, suppress
+from typing import Any, Protocol
 
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -122,26 +122,36 @@ class OpenAIErrorResponse(ErrorResponse):
             self.headers["X-Should-Retry"] = "false"
 
 
-class DisconnectListener(CancellableWait):
-    """Inside it, the task is ended with ClientDisconnected as soon as the client closes the connection."""
+class _Over(Exception):
+    """There is nothing left to be listened for."""
 
-    def __init__(self, receive: Receive) -> None:
-        super().__init__()
-        self._receive = receive
 
-    def __enter__(self) -> None:
-        super().__enter__()
-        self._listener = asyncio.create_task(self._listen())
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Do some work, which ends with ClientDisconnected as soon as the client closes the connection.
 
-    def __exit__(self, *exc: object) -> None:
-        self._listener.cancel()
-        del self._listener  # whose traceback holds us
-        super().__exit__(*exc)  # type: ignore[arg-type] # the same three
-
-    async def _listen(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self.cancel_with(ClientDisconnected(asyncio.get_running_loop().time()))
+    It has a task of its own, and ours listens: each event wakes the coroutines that write it, and not in addition those
+    of the whole application around them.
+    """
+    loop = asyncio.get_running_loop()
+    task, listening = loop.create_task(work), CancellableWait()
+    task.add_done_callback(lambda _: listening.cancel_with(_Over()))
+    disconnected_at = 0.0
+    try:
+        with suppress(_Over), listening:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            disconnected_at = loop.time()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait([task])
+        if task.cancelled():
+            raise ClientDisconnected(disconnected_at)
+        await task
+    finally:
+        if not task.done():  # somebody ends us
+            task.cancel()
+            await asyncio.wait([task])
+        del task  # which holds an error that holds this frame
 
 
 class EventSourceResponse(StreamingResponse):
@@ -195,8 +205,7 @@ class EventSourceResponse(StreamingResponse):
             # After the last event only cleanup remains (reading Grok's stream to its end, so that its connection can be
             # reused): nobody listens for a disconnect then.
             async with aclosing(self._frames):
-                with DisconnectListener(receive):
-                    await self._write_frames()
+                await while_connected(receive, self._write_frames())
         except ClientDisconnected as disconnected:
             if self._upstream is not None:
                 self._metrics.hang_up.observe(self._loop.time() - disconnected.at)

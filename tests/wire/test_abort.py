@@ -24,9 +24,10 @@ import pytest
 import uvloop
 
 from chatproxy import config
+from chatproxy.cancellation import CancellableWait
 from chatproxy.connection import HTTPProtocol
 from chatproxy.events import Chat, StreamSummary
-from chatproxy.routes.responses import DisconnectListener, EventSourceResponse, RequestContext
+from chatproxy.routes.responses import EventSourceResponse, RequestContext
 from chatproxy.server import Server
 from chatproxy.services.grok.completion import Completion
 from chatproxy.services.resumable import ResumableStream
@@ -99,7 +100,7 @@ async def storm(grok: Upstream, service: Service, streams: int, refusals: int) -
 
 # Of each of these there is one for a stream, a request or a connection, and none besides.
 KINDS = (
-    *(Chat, Completion, Decoder, DisconnectListener, EventSourceResponse, HTTPProtocol, RequestContext),
+    *(CancellableWait, Chat, Completion, Decoder, EventSourceResponse, HTTPProtocol, RequestContext),
     *(ResumableStream, StreamSummary),
 )
 

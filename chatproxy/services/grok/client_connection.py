@@ -93,10 +93,10 @@ class ClientConnection(asyncio.Protocol):
             self.transport.write(head)
             self.transport.write(body)
 
-    async def wait_for_activity(self) -> None:
-        """Wait for a piece of the body, the head, the end of the response, or that of the connection."""
+    def activity(self) -> asyncio.Future[None]:
+        """Done with the next piece of the body, the head, the end of the response, or that of the connection."""
         self.waiter = self.loop.create_future()
-        await self.waiter
+        return self.waiter
 
     def notify(self) -> None:
         if self.waiter is not None and not self.waiter.done():

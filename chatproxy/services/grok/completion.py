@@ -107,6 +107,7 @@ class Completion(CancellableWait):
         try:
             if kind in (None, GeneratorExit) and self._decoder.ended and self._decoder.failure is None:
                 self._waiting_since = self._loop.time()
+                self._task = None  # another one may close the stream than has read it
                 with contextlib.suppress(*TRANSPORT_ERRORS, ChatError), self:
                     async for _ in self._pieces:
                         pass
@@ -130,19 +131,16 @@ class Completion(CancellableWait):
             except (*TRANSPORT_ERRORS, StopAsyncIteration) as error:
                 self._end = self._failed(UpstreamCutOff(), type(error).__name__)
             finally:
-                self._stop_waiting()
+                if self._decoder.complete:
+                    # The grace period is for all that follows, however many reads it comes in.
+                    self._timeout -= self._loop.time() - self._waiting_since
+                self._waiting_since = None
         end, self._end = self._end, None
         assert end is not None
         try:
             raise end from None
         finally:
             del end  # its traceback holds this frame
-
-    def _stop_waiting(self) -> None:
-        if self.complete and self._waiting_since is not None:
-            # The grace period is for all that follows, however many reads it comes in.
-            self._timeout -= self._loop.time() - self._waiting_since
-        self._waiting_since = None
 
     def _arm_timeout(self, seconds: float, error: type[ChatError]) -> None:
         """From now on a wait for a chunk may take so long, and so may the one that is going on, from now."""

@@ -87,7 +87,7 @@ class Transport(httpx.AsyncBaseTransport):
                 while not connection.status:
                     if connection.failure is not None:
                         raise connection.error()
-                    await connection.wait_for_activity()
+                    await connection.activity()
             except (httpx.ReadError, httpx.RemoteProtocolError):
                 # A kept connection that fails is probably stale, and so are the other idle ones. Do not retry here:
                 # the server may have processed (and billed) the request. The caller retries, see GROK_RETRIES.
@@ -220,7 +220,7 @@ class Body(httpx.AsyncByteStream):
                 self._release()
                 raise connection.error()
             else:
-                await connection.wait_for_activity()
+                await connection.activity()
 
     async def aclose(self) -> None:
         """Close the connection, unless the whole body has come."""
