@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -12,7 +13,7 @@ from chatproxy.routes.responses import EventSourceResponse
 from chatproxy.routes.state import AppState
 from chatproxy.services.access import anonymous
 from chatproxy.services.relay import Frames
-from chatproxy.services.resumable import FINAL_EVENT_NUMBER, STREAM_ID, ResumableStream
+from chatproxy.services.resumable import STREAM_ID, ResumableStream
 
 
 async def stream(request: Request[AppState]) -> Response:
@@ -46,15 +47,13 @@ async def resume_post(request: Request[AppState], last_event_id: str) -> Respons
     state, streams = request.state, request.state["streams"]
     try:
         found = await streams.find(last_event_id.rpartition("-")[0])
-        after, more = await streams.parse_last_event_id(found, last_event_id)
+        after, _ = await streams.parse_last_event_id(found, last_event_id)
     except ChatError as error:
         format = Plain(state["context"].request_id)
         failure = StreamNotFound() if error.status < 500 else error
         frames = _only(format.encode_failure(failure))
         return EventSourceResponse(frames, format, state["settings"], state["metrics"])
-    if not more and after != FINAL_EVENT_NUMBER:
-        after -= 1  # the last event again, for a reader who has not understood that it was the last
-    return _replay(request, found, after)
+    return _replay(request, found, after, repeat_last=True)
 
 
 def stream_url(request: Request[AppState], stream: ResumableStream) -> str:
@@ -67,17 +66,32 @@ def stream_headers(request: Request[AppState], stream: ResumableStream) -> dict[
     return {"Content-Location": stream_url(request, stream), "X-Resumable-Stream-Id": stream.id}
 
 
-def _replay(request: Request[AppState], stream: ResumableStream, after: int) -> Response:
+def _replay(request: Request[AppState], stream: ResumableStream, after: int, *, repeat_last: bool = False) -> Response:
     state = request.state
     state["context"].summary = stream.summary
     caller = anonymous(request.client.host if request.client else None)
+    frames = state["streams"].replay(stream, after, caller)
     return EventSourceResponse(
-        state["streams"].replay(stream, after, caller),
+        _or_last(frames, state["streams"].replay(stream, after - 1, caller)) if repeat_last else frames,
         stream.reader_format(),
         state["settings"],
         state["metrics"],
         headers=stream_headers(request, stream),
     )
+
+
+async def _or_last(
+    frames: AsyncGenerator[Frames, None], last: AsyncGenerator[Frames, None]
+) -> AsyncGenerator[Frames, None]:
+    """The last event again where nothing comes, for a reader who has not understood that it was the last."""
+    given = 0
+    async with aclosing(frames), aclosing(last):
+        async for batch in frames:
+            given += len(batch[0])
+            yield batch
+        if given == 1:  # the hint how to reconnect
+            async for batch in last:
+                yield batch
 
 
 async def _only(frames: list[bytes]) -> AsyncGenerator[Frames, None]:

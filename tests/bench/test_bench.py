@@ -184,7 +184,7 @@ def test_missing_programs() -> None:
     """Each program that is not installed is named, with what cannot be measured without it."""
     assert missing({"nginx": None, "caddy": "/usr/bin/caddy", "redis-server": None}) == [
         "nginx is not installed: no figures beside it, no processes",
-        "redis-server is not installed: no replicas",
+        "redis-server is not installed: no replicas, no shared",
     ]
     assert missing(dict.fromkeys(PROGRAMS, "/here")) == []
 

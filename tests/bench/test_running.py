@@ -201,7 +201,7 @@ def test_run() -> None:
 def test_run_without_programs(tmp_path: Path) -> None:
     """Where a program is missing, the command says so, and measures the rest."""
     told = bench("--quick", "--only", "replicas", env={"PATH": str(tmp_path)})
-    assert "redis-server is not installed: no replicas\n" in told
+    assert "redis-server is not installed: no replicas, no shared\n" in told
     assert "caddy is not installed: no figures beside it\n" in told
 
 

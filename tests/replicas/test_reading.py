@@ -11,7 +11,7 @@ from tests.readers import DONE, Event, joined, standard
 from tests.redis_servers import RedisServer, engines, needs_redis
 from tests.replicas.fleets import BRISK, becomes, fleet, follow, number_of, start, until
 from tests.upstream import CLOSE, HANG, Gate, Upstream, error, stream
-from tests.wire.test_resume import TEXT, TOKENS, code
+from tests.wire.test_resume import TEXT, TOKENS, code, repost
 
 pytestmark = [pytest.mark.anyio, needs_redis]
 
@@ -83,6 +83,22 @@ async def test_failed_elsewhere(grok: Upstream, replicas: list[InProcessService]
         _, failed = standard((await service.client.get(url)).content)
         assert code(failed) == "upstream_cut_off"
         assert (await service.client.get(url, headers={"Last-Event-ID": failed.id})).status_code == 204
+
+
+async def test_repost_before_the_end_is_copied(
+    grok: Upstream, redis: RedisServer, replicas: list[InProcessService]
+) -> None:
+    """Who has read the end, and asks another replica for what follows, gets it again, though Redis learns it later."""
+    gate = Gate()
+    grok.set_scripts(stream("a", gate, CLOSE))
+    owner, other, _ = replicas
+    url = await start(owner)
+    async with follow(other, url) as elsewhere, follow(owner, url) as live:
+        await elsewhere.event()
+        redis.do("CLIENT", "PAUSE", 200, "WRITE")
+        gate.open()
+        _, failed = await live.rest()
+        assert await repost(other, failed.id) == [failed]
 
 
 async def test_failure_after_the_hold_elsewhere(grok: Upstream, redis: RedisServer) -> None:

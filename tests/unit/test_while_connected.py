@@ -43,7 +43,7 @@ class Work:
             self.cleaned_up = True
 
 
-async def test_done() -> None:
+async def test_work_done() -> None:
     """It ends when the work does, whoever listens."""
     work = Work()
     work.over.set()

@@ -32,7 +32,7 @@ async def test_valid_and_whole(try_page: bool) -> None:
     openapi_spec_validator.validate(described)
     assert described["openapi"].startswith("3.1.")
     app = create_app(load({"TRY_PAGE": str(try_page), "GROK_API_KEY": KEY}))
-    routes = {(method, route.path) for route in app.routes for method in route.methods - {"HEAD"}}  # type: ignore[attr-defined] # they are Routes
+    routes = {(method, route.path_format) for route in app.routes for method in route.methods - {"HEAD"}}  # type: ignore[attr-defined] # they are Routes
     operations = {
         (method.upper(), path) for path, item in described["paths"].items() for method in item if method != "parameters"
     }
