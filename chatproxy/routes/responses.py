@@ -197,10 +197,6 @@ class EventSourceResponse(StreamingResponse):
         """Write it all."""
         self._context: RequestContext = scope["state"]["context"]
         self._send = send
-        self._hold_until = self._loop.time() + (self._status_hold or 0)
-        self._timer: asyncio.TimerHandle | None = None
-        if self._status_hold is not None:
-            self._timer = self._loop.call_at(self._hold_until, self._tick)
         try:
             # After the last event only cleanup remains (reading Grok's stream to its end, so that its connection can be
             # reused): nobody listens for a disconnect then.
@@ -211,14 +207,14 @@ class EventSourceResponse(StreamingResponse):
                 self._metrics.hang_up.observe(self._loop.time() - disconnected.at)
             raise
         finally:
-            if self._timer is not None:
-                self._timer.cancel()
-            if self._pulse is not None:
-                self._pulse.cancel()
             del self._send, self._context  # a traceback may hold this response for a while
 
     async def _write_frames(self) -> None:
         writes = 0
+        self._hold_until = self._loop.time() + (self._status_hold or 0)
+        self._timer: asyncio.TimerHandle | None = None
+        if self._status_hold is not None:
+            self._timer = self._loop.call_at(self._hold_until, self._tick)
         try:
             async for frames, last in self._frames:
                 if not self._started and (last or not self._format.whole):
@@ -234,18 +230,21 @@ class EventSourceResponse(StreamingResponse):
                     if not frames:
                         break
                     return
+            await self._write(b"", last=True)
         except ChatError as error:
             if not self._started:
                 raise
             await self._end_with_error(error)
-            return
         except Exception:
             if not self._started:
                 raise
             log.exception("a stream ended by a mistake of ours")
             await self._end_with_error(InternalError())
-            return
-        await self._write(b"", last=True)
+        finally:  # at once: who gets the error may be about to answer with a status of its own
+            if self._timer is not None:
+                self._timer.cancel()
+            if self._pulse is not None:
+                self._pulse.cancel()
 
     async def _end_with_error(self, error: ChatError) -> None:
         self._context.record_error(error)
@@ -259,12 +258,12 @@ class EventSourceResponse(StreamingResponse):
         self._timer = self._loop.call_later(self._keep_alive_interval, self._tick)
 
     async def _write(self, body: bytes, last: bool) -> None:
+        self._writing = True
         if self._pulse is not None:
             await self._pulse
             self._pulse = None
         if last and self._timer is not None:
             self._timer.cancel()
-        self._writing = True
         await self._send({"type": "http.response.body", "body": body, "more_body": not last})
         self._writing = False
         self._wrote_at = self._loop.time()

@@ -107,7 +107,7 @@ class Completion(CancellableWait):
         try:
             if kind in (None, GeneratorExit) and self._decoder.ended and self._decoder.failure is None:
                 self._waiting_since = self._loop.time()
-                self._task = None  # another one may close the stream than has read it
+                self._task = None  # the stream may be closed by another task than the one that has read it
                 with contextlib.suppress(*TRANSPORT_ERRORS, ChatError), self:
                     async for _ in self._pieces:
                         pass
