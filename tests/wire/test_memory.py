@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, Caller, SubprocessService, spawned
+from tests.conftest import ROOT, TIMEOUT, Caller, SubprocessService, spawned
 from tests.upstream import CLOSE, HANG, Script, Upstream, error, stream
 
 pytestmark = pytest.mark.anyio
@@ -76,7 +76,9 @@ async def test_conversations_are_let_go(end: str, resumable: bool, no_collector:
                     group.create_task(chat())
             await grok.until(lambda: grok.playing == 0, within=30)
             kept.append(resident(service))
-        assert min(kept[-2:]) - max(kept[:2]) < SIZE_MB
+        async with asyncio.timeout(TIMEOUT):  # it may be letting go of the last ones
+            while resident(service) - max(kept[:2]) >= SIZE_MB:  # noqa: ASYNC110 -- nobody tells when it has
+                await asyncio.sleep(0.05)
 
 
 @pytest.mark.slow
