@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import aclosing, suppress
 from typing import Any, Protocol
 
+import anyio
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -148,9 +149,10 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> 
             raise ClientDisconnected(disconnected_at)
         await task
     finally:
-        if not task.done():  # somebody ends us
+        if not task.done():  # somebody ends us, maybe by a scope of anyio's, which does so at every await
             task.cancel()
-            await asyncio.wait([task])
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait([task])
         del task  # which holds an error that holds this frame
 
 

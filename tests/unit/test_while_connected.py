@@ -4,6 +4,7 @@ import asyncio
 import gc
 import weakref
 
+import anyio
 import pytest
 from starlette.types import Message
 
@@ -81,6 +82,16 @@ async def test_ended_from_outside() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    assert work.cleaned_up
+
+
+async def test_ended_by_a_scope() -> None:
+    """So does a middleware whose task group is cancelled: that cancels every await, but not the one for the work."""
+    work = Work()
+    async with anyio.create_task_group() as group:
+        group.start_soon(while_connected, Client().receive, work())
+        await work.begun.wait()
+        group.cancel_scope.cancel()
     assert work.cleaned_up
 
 
