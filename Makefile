@@ -33,7 +33,7 @@ format: $(VENV)/.dev  ## Format the code and mend what the linter can
 test: $(VENV)/.dev  ## Run the tests; what needs a browser or a proxy is skipped where there is none
 	$(BIN)/python -m pytest $(ARGS)
 
-cover: $(VENV)/.dev  ## Run the tests and demand that every branch was taken
+cover: $(VENV)/.dev  ## Run the tests and demand that every branch of the package was taken
 	$(BIN)/coverage erase && $(BIN)/coverage run -m pytest $(ARGS)
 	$(BIN)/coverage combine --quiet && $(BIN)/coverage report
 

@@ -6,9 +6,9 @@ import pytest
 
 from chatproxy.config.timing import Timing
 from tests.conftest import TIMEOUT, seen, serving
-from tests.readers import DONE
+from tests.readers import DONE, joined, standard
 from tests.redis_servers import Link, RedisServer, needs_redis
-from tests.replicas.fleets import becomes, follow, number_of, start
+from tests.replicas.fleets import JSON, becomes, follow, number_of, start
 from tests.upstream import Gate, Upstream, stream
 
 pytestmark = [pytest.mark.anyio, needs_redis]
@@ -45,3 +45,38 @@ async def test_owner_comes_back_later(grok: Upstream) -> None:
             link.go_on()
             gate.open()
             assert [event.data for event in await there.rest()] == ["b", DONE]
+
+
+async def test_replica_that_starts_later(grok: Upstream) -> None:
+    """A replica that was not there when it happened knows of it from the others: nothing is unknown, or paid twice."""
+    gate = Gate()
+    grok.set_scripts(stream("a", gate, "b"))
+    patient = Timing(lease=4)
+    async with (
+        RedisServer() as redis,
+        Link(redis.port).running() as link,
+        serving(grok.url, patient, redis_url=link.url, redis_prefix="new:") as owner,
+        serving(grok.url, patient, redis_url=redis.url, redis_prefix="new:") as witness,
+    ):
+        await seen([owner.port, witness.port])
+        url = await start(owner, Idempotency_Key="one")
+        link.hold()
+        await redis.stop()
+        await becomes(witness, "/readyz", "unavailable")
+        await redis.start()
+        await becomes(witness, "/metrics", "chatproxy_store_available 1.0")
+        async with serving(grok.url, patient, redis_url=redis.url, redis_prefix="new:") as late:
+            await seen([late.port])
+            again = {**JSON, "Idempotency-Key": "one"}
+            assert (await late.client.head(url)).status_code == 503
+            assert (await late.ask(headers=again)).status_code == 503
+            link.go_on()
+            async with asyncio.timeout(TIMEOUT):
+                while (await late.client.head(url)).status_code == 503:  # noqa: ASYNC110 -- nobody tells
+                    await asyncio.sleep(0.02)
+                while (repeated := await late.ask(headers=again)).status_code == 503:  # noqa: ASYNC110 -- the same
+                    await asyncio.sleep(0.02)
+            assert repeated.json()["url"] == url
+            gate.open()
+            assert joined(standard((await late.client.get(url)).content)) == "ab"
+        assert len(grok.calls) == 1

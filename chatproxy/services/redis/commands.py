@@ -80,26 +80,39 @@ class _Call:
 
 
 class Commands:
-    """Sends commands to Redis. `run` it in a task. `lease`: seconds after which a silent replica counts as dead."""
+    """Sends commands to Redis. `run` it in a task.
 
-    def __init__(self, url: str, lease: float) -> None:
+    `lease`: seconds after which a silent replica counts as dead. `loss_marker`: a key that is there for as long after
+    some replica has found that Redis lost its memory.
+    """
+
+    def __init__(self, url: str, lease: float, loss_marker: str) -> None:
         self.seen = False  # it has been there once
         self.available = False
         self.server = b""  # the run id of the server; another one has another memory
         self.connected_at = 0.0  # on the loop's clock
+        self._seen_at = 0.0  # the first of these times
         self.reached_at = 0.0  # the same, but connections that were lost for a moment do not count
         self.lost_at = 0.0
         self._replaced_at = -math.inf  # when it was last found to have another memory than before
         self.on_connect: list[Callable[[bool], None]] = []  # told whether it is another server than before
         self._url = url
         self._lease = lease
+        self._loss_marker = loss_marker
         self._tried = False
         self._waiting: list[_Call] = []
         self._wake = asyncio.Event()
 
-    def settling(self) -> bool:
-        """Whether Redis may not know yet what it lost just now: who finds nothing there has to ask again."""
-        return asyncio.get_running_loop().time() - self._replaced_at < self._lease
+    async def settling(self) -> bool:
+        """Whether Redis may not know yet what it lost just now: who finds nothing there has to ask again.
+
+        Raises StoreUnavailable.
+        """
+        now = asyncio.get_running_loop().time()
+        if now - self._replaced_at < self._lease:
+            return True
+        # It may have happened before this replica was started.
+        return now - self._seen_at < self._lease and bool(await self.demand("EXISTS", self._loss_marker))
 
     async def execute(self, *commands: Command, within: float = REQUEST_TIMEOUT) -> list[Reply]:
         """The replies, in order. Raises StoreUnavailable if they do not come: then nobody knows what has been done."""
@@ -162,12 +175,15 @@ class Commands:
         server = facts.get("run_id", "").encode()
         other = server != self.server
         replaced = other and self.seen
-        self.server, self.seen, self._tried, self.available = server, True, True, True
         self.connected_at = asyncio.get_running_loop().time()
+        if not self.seen:
+            self._seen_at = self.connected_at
+        self.server, self.seen, self._tried, self.available = server, True, True, True
         if other or self.connected_at - self.lost_at > self._lease / 3:  # no lease has run out in less
             self.reached_at = self.connected_at
         if replaced:
             self._replaced_at = self.connected_at
+            self.send(("SET", self._loss_marker, "1", "PX", int(self._lease * 1000)))
         log.info("redis is there")
         if other and (policy := facts.get("maxmemory_policy", "noeviction")) != "noeviction":
             log.warning(

@@ -71,8 +71,8 @@ class RedisDirectory:
             keys.idempotency(*stream.key) if stream.key else keys.meta(stream.id),
             keys.name(stream.name) if stream.name else keys.meta(stream.id),
         ]
-        if stream.key and self._commands.settling():  # it may have started an answer that Redis does not know yet again
-            raise StoreUnavailable
+        if stream.key and await self._commands.settling():
+            raise StoreUnavailable  # it may have started an answer that Redis does not know yet again
         for _ in range(3):  # what has the key may vanish before it is looked at
             found = await self._commands.demand(
                 *CLAIM(names, keys.prefix, stream.id, keys.owner, int(ASKING_TTL * 1000), *fields)
@@ -123,7 +123,7 @@ class RedisDirectory:
             raise StreamNotFound
         fields = await self._fields(self._keys.meta(id), *_FIELDS)
         version, owner, state, digest, request, kind, named = fields
-        if version is None and self._commands.settling():
+        if version is None and await self._commands.settling():
             raise StoreUnavailable
         if version != FORMAT or None in fields or kind.decode(errors="replace") not in _FORMATS:
             self._warn(version is not None)
@@ -183,7 +183,7 @@ class RedisDirectory:
         try:
             id = await self._id_of(name)
             if id is None:
-                if self._commands.settling():
+                if await self._commands.settling():
                     raise StoreUnavailable
                 return own
             [read] = await self._fields(self._keys.meta(id), "read")

@@ -180,7 +180,7 @@ class Mirror:
             self.give_up(ReplayLost() if state == b"ended" else UpstreamCutOff())
         elif state is None or owner is None:  # expired; or Redis has lost it, and its owner may write it again
             self._vanished_since = self._vanished_since or now
-            expired = self._stream.over and not self._all.commands.settling()
+            expired = self._stream.over and not await self._all.commands.settling()
             if expired or now - self._vanished_since > self._timing.store_outage:
                 self.give_up(ReplayLost())
         elif await self._liveness.is_over(self._note_owner(owner)):

@@ -45,7 +45,7 @@ class Replicas:
         # A name of this start: what a replica was before it was started anew is another one's, and dead.
         self._keys = Keys(settings, secrets.token_urlsafe(12))
         self._timing = timing
-        self.commands = Commands(settings.redis_url, timing.lease)
+        self.commands = Commands(settings.redis_url, timing.lease, self._keys.loss_marker)
         self._subscriptions = Subscriptions(settings.redis_url, 3 * timing.sweep_interval)
         remotes: Remotes = WeakValueDictionary()
         memory = MemoryStore(settings.replay_bytes, settings.replay_total_bytes)

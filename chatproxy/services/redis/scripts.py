@@ -17,6 +17,7 @@ class Keys:
         self.owner = owner
         self.prefix = settings.redis_prefix
         self.retry_after = f"{self.prefix}retry-after"
+        self.loss_marker = f"{self.prefix}memory-lost"
         self.own_lease = self.lease(owner)
         # All replicas have it, and whoever reads Redis does not.
         self._secret = hashlib.sha256((settings.grok_api_key or "").encode()).digest()
