@@ -142,17 +142,16 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> 
             while (await receive())["type"] != "http.disconnect":
                 pass
             disconnected_at = loop.time()
-        if not task.done():
-            task.cancel()
-            await asyncio.wait([task])
-        if task.cancelled():
-            raise ClientDisconnected(disconnected_at)
-        await task
     finally:
-        if not task.done():  # somebody ends us, maybe by a scope of anyio's, which does so at every await
+        if not task.done():  # the client has left, or somebody ends us: anyio's scopes do so at every await
             task.cancel()
             with anyio.CancelScope(shield=True):
                 await asyncio.wait([task])
+    try:
+        if task.cancelled():
+            raise ClientDisconnected(disconnected_at)
+        task.result()
+    finally:
         del task  # which holds an error that holds this frame
 
 

@@ -91,9 +91,9 @@ class Commands:
         self.available = False
         self.server = b""  # the run id of the server; another one has another memory
         self.connected_at = 0.0  # on the loop's clock
-        self._seen_at = 0.0  # the first of these times
         self.reached_at = 0.0  # the same, but connections that were lost for a moment do not count
         self.lost_at = 0.0
+        self._first_connected_at = 0.0
         self._replaced_at = -math.inf  # when it was last found to have another memory than before
         self.on_connect: list[Callable[[bool], None]] = []  # told whether it is another server than before
         self._url = url
@@ -112,7 +112,7 @@ class Commands:
         if now - self._replaced_at < self._lease:
             return True
         # It may have happened before this replica was started.
-        return now - self._seen_at < self._lease and bool(await self.demand("EXISTS", self._loss_marker))
+        return now - self._first_connected_at < self._lease and bool(await self.demand("EXISTS", self._loss_marker))
 
     async def execute(self, *commands: Command, within: float = REQUEST_TIMEOUT) -> list[Reply]:
         """The replies, in order. Raises StoreUnavailable if they do not come: then nobody knows what has been done."""
@@ -177,7 +177,7 @@ class Commands:
         replaced = other and self.seen
         self.connected_at = asyncio.get_running_loop().time()
         if not self.seen:
-            self._seen_at = self.connected_at
+            self._first_connected_at = self.connected_at
         self.server, self.seen, self._tried, self.available = server, True, True, True
         if other or self.connected_at - self.lost_at > self._lease / 3:  # no lease has run out in less
             self.reached_at = self.connected_at
