@@ -50,7 +50,6 @@ END = [piece(DONE), piece(b"")]
 # Places (MAX_STREAMS), files and bodies.
 
 
-@pytest.mark.one_process
 async def test_busy() -> None:
     """Over MAX_STREAMS a chat is refused without a call, and told when to come back; a place that is free is given."""
     gate = Gate()
@@ -94,7 +93,6 @@ ENDS: dict[str, Steps] = {
 }
 
 
-@pytest.mark.one_process
 async def test_bodies_that_never_end() -> None:
     """Together they take no more than their share of memory; small ones are read all the same."""
     large = {"messages": [{"role": "user", "content": "a" * 100_000}]}
@@ -118,7 +116,6 @@ async def test_bodies_that_never_end() -> None:
         assert status == 200
 
 
-@pytest.mark.one_process
 async def test_chats_that_wait() -> None:
     """A conversation counts until Grok's first chunk, also once its client has a status."""
     waiting = {"messages": [{"role": "user", "content": "a" * 990_000}]}
@@ -316,7 +313,6 @@ def flood(_: Call) -> Steps:
 
 
 @LINUX
-@pytest.mark.one_process
 @pytest.mark.parametrize("resumable", [False, True], ids=["plain", "resumable"])
 async def test_stuck_reader_and_its_place(resumable: bool) -> None:
     """A reader who takes nothing for WRITE_TIMEOUT is dropped, socket and all; Grok is hung up on, a place free."""
@@ -354,7 +350,6 @@ def test_write_timeout_of_the_kernel(seconds: float, told: int) -> None:
 
 
 @LINUX
-@pytest.mark.one_process
 async def test_stuck_reader_in_silence() -> None:
     """Keep-alives that are not taken are writes, too: a reader is missed though Grok says nothing."""
     changes = {"write_timeout": WRITE_TIMEOUT, "keep_alive": 0.02}
